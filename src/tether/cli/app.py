@@ -1,0 +1,70 @@
+"""The root command: options, errors and exit codes. Heavy imports happen inside the commands."""
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from tether._version import __version__
+from tether.cli import causal, domains
+from tether.errors import TetherError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tether",
+    help="Teach a language model new domains on a KL leash, fuse them, and certify how far the model has moved.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(domains.demo)
+app.command()(causal.convert)
+app.command()(domains.learn)
+app.command()(domains.fuse)
+app.command()(domains.certify)
+app.command()(domains.verify)
+app.command()(causal.generate)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
+) -> None:
+    """Teach a language model new domains on a KL leash, fuse them, and certify how far the model has moved."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+
+
+def main() -> None:
+    """Run the command line: exit 0 fine, 1 a check failed, 2 unusable input (one message on stderr)."""
+    try:
+        app()
+    except TetherError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"tether: {error}", style="red", markup=False, highlight=False
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            "tether: interrupted; start the same command again to go on", style="yellow"
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

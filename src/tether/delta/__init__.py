@@ -1,0 +1,28 @@
+"""Domain deltas: learnt under a drift budget, gated, fused, measured and certified.
+
+Modules are loaded when they are first used: some of them need transformers.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+__all__ = [  # noqa: F822 - resolved below
+    "budget",
+    "cache",
+    "certificate",
+    "delta",
+    "fusion",
+    "gate",
+    "learning",
+    "measure",
+    "objective",
+    "summary",
+    "training",
+    "windows",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

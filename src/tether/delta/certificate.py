@@ -1,0 +1,337 @@
+"""Certificates: how far a fused model has moved from its base, in figures that anyone can recompute."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tether.delta.measure import Variant, measure
+from tether.delta.summary import summarise
+from tether.delta.windows import read_documents, text_hash, window_text
+from tether.errors import CertificateError, CheckpointError, ConfigError
+from tether.store.manifest import versions
+from tether.store.publish import write_json
+from tether.store.reader import sha256_file
+
+__all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
+
+SCHEMA_VERSION = 1
+TOLERANCE = 2e-3
+"""Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
+
+CLAIMS = (
+    "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
+    "where a confidence is given.",
+    "documents.at_most: with the stated confidence over the draw of documents, at least the stated share of "
+    "documents drawn like these has a mean at or below it (order statistic, no distribution assumed).",
+    "bound: latent drift of the fusion never exceeds the bound of its chart, given each delta's own drift in the "
+    "same context; violations counts the contexts where it did.",
+    "Token law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
+    "context, and total variation at most sqrt(drift / 2); this does not hold for softmax sampling, whose measured "
+    "KL is softmax_kl.",
+)
+
+
+class Certificate(BaseModel):
+    """A measured drift with everything needed to measure it again.
+
+    Attributes:
+        schema_version: of this layout.
+        versions: of what computed it.
+        model: path, base fingerprint and sha256 of every file of the fused checkpoint.
+        fusion: chart, weights, gates and domains, as the checkpoint says.
+        settings: window, tokens, documents, confidence, quantile.
+        texts: for each text its path, sha256 and document hash.
+        figures: for each text what `summarise` gives.
+        claims: what the figures mean.
+        seal: sha256 over all of the above; shows accidental or careless edits, not forgery, which
+            recomputing shows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = Field(ge=1, le=SCHEMA_VERSION)
+    versions: dict[str, str]
+    model: dict[str, Any]
+    fusion: dict[str, Any]
+    settings: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+    figures: dict[str, dict[str, Any]]
+    claims: tuple[str, ...]
+    seal: str = ""
+
+    def sealed(self) -> "Certificate":
+        """Put the seal on.
+
+        Returns:
+            The certificate with its seal.
+        """
+        return self.model_copy(update={"seal": self.digest()})
+
+    def digest(self) -> str:
+        """Hash everything but the seal.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        content = self.model_dump(mode="json", exclude={"seal"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the certificate; paths inside it become relative to its folder.
+
+        Args:
+            path: the JSON file.
+
+        Returns:
+            The path.
+
+        Raises:
+            CertificateError: the model or a text was given from memory, so nobody could check it again.
+        """
+        path = Path(path).absolute()
+        loose = [name for name, text in self.texts.items() if text["path"] is None]
+        if self.model["path"] is None or loose:
+            raise CertificateError(
+                f"model path {self.model['path']}, texts from memory {loose}: a certificate refers to files; write "
+                "the model with save_checkpoint and the texts as JSON lines, and certify those"
+            )
+        content = self.model_dump()
+        for entry in [content["model"], *content["texts"].values()]:
+            entry["path"] = Path(os.path.relpath(entry["path"], path.parent)).as_posix()
+        write_json(path, Certificate(**content).sealed().model_dump(mode="json"))
+        return path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How texts are measured; part of the certificate.
+
+    Attributes:
+        window: tokens a context.
+        tokens: stop a text after this many tokens, or None.
+        per_document: windows taken of one document, or None.
+        quantile: share of documents that the certified bound covers.
+        confidence: of the certified bound and of intervals.
+    """
+
+    window: int = 256
+    tokens: int | None = None
+    per_document: int | None = None
+    quantile: float = 0.95
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not (0 < self.quantile < 1 and 0 < self.confidence < 1 and self.window >= 2):
+            raise ConfigError(
+                f"window={self.window}, quantile={self.quantile}, confidence={self.confidence}: expected a window of "
+                "at least 2 tokens, and shares between 0 and 1"
+            )
+
+
+def certify(
+    model: Any,
+    fused: Any,
+    tokenizer: Any,
+    texts: Mapping[str, Path | Sequence[str]] | Sequence[str] | str | Path,
+    *,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    **settings: Any,
+) -> Certificate:
+    """Measure a fused model against its base on texts and put it on record.
+
+    Cost: one backbone pass over the texts and one or two products with the output head.
+
+    Args:
+        model: the base.
+        fused: made by `fuse` from that base, or loaded from a checkpoint.
+        tokenizer: of the base.
+        texts: a file, a list of documents, or several of either by name.
+        on_step: called with `done` and `total` tokens of the current text.
+        settings: fields of `Settings`.
+
+    Returns:
+        The certificate; `save` writes it when model and texts are files.
+
+    Raises:
+        CertificateError: `fused` has no fusion, or stands on another base.
+    """
+    chosen = Settings(**settings)
+    if fused.fusion is None:
+        raise CertificateError("the second model has no fused deltas: expected a model made by 'tether fuse'")
+    if model.config.base_fingerprint != fused.config.base_fingerprint:
+        raise CertificateError(
+            f"base {str(model.config.base_fingerprint)[:19]}... and fused {str(fused.config.base_fingerprint)[:19]}... "
+            "stand on different backbones: drift between them is not defined here; name the base it was fused from"
+        )
+    named = texts if isinstance(texts, Mapping) else {_name(texts): texts}
+    # Every text is read before the first one is measured, so that bad input is found at once.
+    documents = {
+        name: read_documents(t) if isinstance(t, str | Path) else list(t) for name, t in named.items()
+    }
+    figures = {name: _figures(fused, tokenizer, documents[name], chosen, on_step) for name in named}
+    return compose(fused, named, figures, chosen)
+
+
+def compose(
+    fused: Any, texts: Mapping[str, Any], figures: dict[str, dict[str, Any]], chosen: Settings
+) -> Certificate:
+    """Put figures on record that `measure` and `summarise` gave for a fused model.
+
+    Args:
+        fused: the fused model; its `name_or_path` is the checkpoint to refer to.
+        texts: the file or the documents of each text.
+        figures: of each text.
+        chosen: how they were measured.
+
+    Returns:
+        The sealed certificate.
+    """
+    listed = {}
+    for name, text in texts.items():
+        path = Path(text) if isinstance(text, str | Path) else None
+        listed[name] = {
+            "path": str(path.absolute()) if path else None,
+            "sha256": sha256_file(path) if path else None,
+            "documents": text_hash(read_documents(path) if path else text),
+        }
+    return Certificate(
+        schema_version=SCHEMA_VERSION,
+        versions=versions(),
+        model=_describe_model(fused),
+        fusion=fused.config.fusion,
+        settings={name: getattr(chosen, name) for name in Settings.__dataclass_fields__},
+        texts=listed,
+        figures=figures,
+        claims=CLAIMS,
+    ).sealed()
+
+
+def _name(text: Any) -> str:
+    return Path(text).stem if isinstance(text, str | Path) else "text"
+
+
+def _figures(
+    fused: Any, tokenizer: Any, documents: Sequence[str], chosen: Settings, on_step: Any
+) -> dict[str, Any]:
+    windows = window_text(
+        documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document
+    )
+    fusion = fused.fusion
+    variant = Variant(tuple(fused.config.fusion["weights"]), fusion.chart, fusion.gated)
+    result = measure(fused, fusion, windows, [variant], on_step=on_step)
+    return summarise(result, 0, quantile=chosen.quantile, confidence=chosen.confidence)
+
+
+def _describe_model(fused: Any) -> dict[str, Any]:
+    folder = Path(fused.name_or_path) if fused.name_or_path else None
+    files: dict[str, str] = {}
+    if folder is not None and folder.is_dir():
+        files = {
+            p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()
+        }
+    return {
+        "path": str(folder.absolute()) if files and folder else None,
+        "base_fingerprint": fused.config.base_fingerprint,
+        "files": files,
+    }
+
+
+def read(path: str | Path) -> Certificate:
+    """Read a certificate.
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        The certificate, its seal unchecked.
+
+    Raises:
+        CertificateError: it is missing, not JSON, of a newer schema, or has wrong fields.
+    """
+    path = Path(path)
+    try:
+        return Certificate.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CertificateError(
+            f"{path}: no such file; expected a certificate written by 'tether certify'"
+        ) from error
+    except (OSError, ValueError) as error:
+        details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise CertificateError(
+            f"{path}: not a certificate of schema {SCHEMA_VERSION} or below ({details}); certify again"
+        ) from error
+
+
+def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | None = None) -> list[str]:
+    """Check a certificate: its seal, the hash of every file it names, and every figure by recomputing it.
+
+    Args:
+        path: the certificate.
+        on_step: called with `done` and `total` tokens of the current text.
+
+    Returns:
+        What differs, one sentence each; empty when the certificate holds. Figures are recomputed only when
+        seal and files are right, since otherwise it is known not to hold.
+
+    Raises:
+        CertificateError: the certificate cannot be read.
+    """  # noqa: DOC502 - raised by read
+    certificate = read(path)
+    folder = Path(path).absolute().parent
+    wrong = []
+    if certificate.digest() != certificate.seal:
+        wrong.append("the certificate was edited: its content does not match its seal")
+    model = folder / certificate.model["path"]
+    named = {str(model / file): sha256 for file, sha256 in certificate.model["files"].items()}
+    named |= {str(folder / text["path"]): text["sha256"] for text in certificate.texts.values()}
+    for file, sha256 in named.items():
+        if not Path(file).is_file():
+            wrong.append(f"{file} is missing")
+        elif sha256_file(file) != sha256:
+            wrong.append(f"{file} has changed since the certificate was made")
+    if wrong:
+        return wrong
+    return _recompute(certificate, folder, on_step)
+
+
+def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str]:
+    from tether.causal.loading import load
+
+    fused, tokenizer = load(str(folder / certificate.model["path"]))
+    if fused.fusion is None or fused.config.base_fingerprint != certificate.model["base_fingerprint"]:
+        raise CheckpointError(
+            f"{certificate.model['path']}: not the fused checkpoint that the certificate describes"
+        )
+    wrong = (
+        []
+        if fused.config.fusion == certificate.fusion
+        else ["the checkpoint's fusion is not the one described"]
+    )
+    chosen = Settings(**certificate.settings)
+    for name, text in certificate.texts.items():
+        documents = read_documents(folder / text["path"])
+        if text_hash(documents) != text["documents"]:
+            wrong.append(f"text {name}: its documents are not the ones described")
+        again = _figures(fused, tokenizer, documents, chosen, on_step)
+        wrong += _differences(certificate.figures[name], again, f"{name}")
+    return wrong
+
+
+def _differences(stated: Any, again: Any, where: str) -> list[str]:
+    if isinstance(stated, dict) and isinstance(again, dict) and stated.keys() == again.keys():
+        return [line for key in stated for line in _differences(stated[key], again[key], f"{where}.{key}")]
+    if isinstance(stated, list) and isinstance(again, list) and len(stated) == len(again):
+        pairs = zip(stated, again, strict=True)
+        return [line for i, (a, b) in enumerate(pairs) for line in _differences(a, b, f"{where}[{i}]")]
+    if isinstance(stated, float) and isinstance(again, float):
+        same = math.isclose(stated, again, rel_tol=TOLERANCE, abs_tol=1e-4 * TOLERANCE)
+    else:
+        same = stated == again
+    return [] if same else [f"{where}: stated {stated}, recomputed {again}"]

@@ -1,0 +1,110 @@
+"""A domain's delta: the learnt change of the abduction head, its gate and where it came from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tether.delta.gate import Gate
+from tether.errors import CheckpointError
+from tether.store.reader import CheckpointReader
+from tether.store.writer import write_safetensors
+
+__all__ = ["Delta"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Delta:
+    """A change of the abduction head, linear in the hidden state in its own chart.
+
+    A delta is compared and hashed by identity, so that it can be the key of a dict of weights.
+
+    Attributes:
+        name: domain name.
+        chart: chart whose two coordinates the delta outputs.
+        first: head of the first coordinate (change of log scale), shape (C, H), or None when only the
+            location moves.
+        second: head of the second coordinate (change of location), shape (C, H).
+        gate: one-class gate, or None.
+        base: fingerprint of the backbone it was learnt on.
+        record: how it was learnt: budget, metric, figures, hashes of the texts, versions.
+        path: the file it was read from or saved to.
+    """
+
+    name: str
+    chart: str
+    first: Tensor | None
+    second: Tensor
+    gate: Gate | None
+    base: str
+    record: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def save(self, path: str | Path) -> "Delta":
+        """Write the delta as one safetensors file, whole or not at all.
+
+        Args:
+            path: the file, customarily `NAME.delta`.
+
+        Returns:
+            The same delta with its path set.
+        """
+        path = Path(path)
+        tensors = {"second": self.second}
+        if self.first is not None:
+            tensors["first"] = self.first
+        if self.gate is not None:
+            tensors |= {f"gate.{name}": value for name, value in self.gate._asdict().items()}
+        described = {
+            "format": FORMAT,
+            "name": self.name,
+            "chart": self.chart,
+            "base": self.base,
+            "record": self.record,
+        }
+        write_safetensors(
+            path, {k: v.contiguous() for k, v in tensors.items()}, {"tether.delta": json.dumps(described)}
+        )
+        return Delta(**{**self.__dict__, "path": path})
+
+    @staticmethod
+    def load(path: str | Path) -> "Delta":
+        """Read a delta.
+
+        Args:
+            path: a file written by `save`.
+
+        Returns:
+            The delta.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, not a delta, or of a newer format.
+        """
+        path = Path(path)
+        reader = CheckpointReader(path)
+        text = reader.metadata().get("tether.delta")
+        if text is None:
+            raise CheckpointError(
+                f"{path}: expected a delta file written by 'tether learn'; this is another safetensors"
+            )
+        described = json.loads(text)
+        if described["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
+            )
+        tensors = {name: reader.tensor(name) for name in reader.names}
+        gate = Gate(*(tensors[f"gate.{name}"] for name in Gate._fields)) if "gate.center" in tensors else None
+        return Delta(
+            name=described["name"],
+            chart=described["chart"],
+            first=tensors.get("first"),
+            second=tensors["second"],
+            gate=gate,
+            base=described["base"],
+            record=described["record"],
+            path=path,
+        )

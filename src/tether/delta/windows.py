@@ -1,0 +1,200 @@
+"""Text on disk -> documents -> windows of tokens, each inside one document."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tether.causal.losses import IGNORE
+from tether.errors import ConfigError
+
+__all__ = ["Batch", "Windows", "read_documents", "text_hash", "window_text", "write_documents"]
+
+SHORTEST = 32
+"""Windows of fewer tokens are left out: they carry little loss and cost a whole row of a batch."""
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Read a text: JSON lines with a field `text` (one document a line), or a plain file (one document).
+
+    Args:
+        path: a `.jsonl` file, or any other file as UTF-8 text.
+
+    Returns:
+        The documents, none of them empty.
+
+    Raises:
+        ConfigError: the file is missing, is not UTF-8, a line is not such JSON, or nothing is in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such text file; expected JSON lines with a field 'text', or plain text"
+        )
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    if path.suffix != ".jsonl":
+        documents = [content]
+    else:
+        documents = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                documents.append("" + json.loads(line)["text"])  # a number is no text
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f'{path}, line {number}: expected a JSON object with a field "text"; got {line[:60]!r}'
+                ) from error
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ConfigError(f"{path}: the file holds no text; expected at least one document")
+    return documents
+
+
+def write_documents(path: Path, documents: Sequence[str]) -> None:
+    """Write documents as JSON lines.
+
+    Args:
+        path: the file, published whole.
+        documents: the documents.
+    """
+    from tether.store.publish import publish_file
+
+    with publish_file(path) as target:
+        lines = (json.dumps({"text": document}, ensure_ascii=False) for document in documents)
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def text_hash(documents: Sequence[str]) -> str:
+    """Hash documents, whatever file they came from.
+
+    Args:
+        documents: the documents in order.
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document.encode()).to_bytes(8, "little") + document.encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+class Batch(NamedTuple):
+    """Some windows side by side, padded on the right.
+
+    Attributes:
+        rows: which windows these are, shape (B,).
+        input_ids: shape (B, T), 0 where padded.
+        mask: which positions carry a token, shape (B, T), bool.
+    """
+
+    rows: Tensor
+    input_ids: Tensor
+    mask: Tensor
+
+
+class Windows(NamedTuple):
+    """A tokenised text: windows laid end to end.
+
+    Attributes:
+        input_ids: all tokens, shape (n,), int64.
+        targets: the next token within the same window, `IGNORE` at each window's end, shape (n,), int64.
+        documents: which document each token is from, shape (n,), int64, from 0.
+        starts: offset of each window, and n at the end, shape (W + 1,), int64.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    documents: Tensor
+    starts: Tensor
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Group windows of similar length, longest first, so that little is padded.
+
+        Args:
+            size: windows a batch, >= 1.
+
+        Yields:
+            Every window exactly once.
+        """
+        lengths = self.starts.diff()
+        order = lengths.argsort(descending=True, stable=True)
+        for rows in order.split(size):
+            time = torch.arange(int(lengths[rows].max()))
+            mask = time < lengths[rows].unsqueeze(-1)
+            index = self.starts[rows].unsqueeze(-1) + time
+            input_ids = torch.where(mask, self.input_ids[index.clamp(max=len(self.input_ids) - 1)], 0)
+            yield Batch(rows, input_ids, mask)
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Give the offsets of a batch's tokens in the flat layout.
+
+        Args:
+            batch: from `batches`.
+
+        Returns:
+            Offsets in the order of `batch.mask.nonzero()`, shape (tokens in the batch,).
+        """
+        time = torch.arange(batch.mask.shape[1])
+        return (self.starts[batch.rows].unsqueeze(-1) + time)[batch.mask]
+
+
+def window_text(
+    documents: Sequence[str],
+    tokenizer: Any,
+    *,
+    length: int = 256,
+    tokens: int | None = None,
+    per_document: int | None = None,
+    name: str = "the text",
+) -> Windows:
+    """Tokenise documents and cut them into windows that never cross a document.
+
+    Args:
+        documents: the documents in order.
+        tokenizer: any transformers tokenizer.
+        length: tokens a window, >= 2.
+        tokens: stop after the document that brings the total to this many; None takes all.
+        per_document: windows taken of one document at most; None takes all.
+        name: what to call the text in an error.
+
+    Returns:
+        The windows.
+
+    Raises:
+        ConfigError: a tokenizer is missing, or the text is shorter than one window.
+    """
+    if tokenizer is None:
+        raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
+    pieces: list[tuple[int, list[int]]] = []
+    total = 0
+    for number, document in enumerate(documents):
+        ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
+        cuts = [ids[start : start + length] for start in range(0, len(ids), length)]
+        kept = [cut for cut in cuts if len(cut) >= min(SHORTEST, length)][:per_document]
+        pieces += [(number, cut) for cut in kept]
+        total += sum(map(len, kept))
+        if tokens is not None and total >= tokens:
+            break
+    if total < length:
+        raise ConfigError(
+            f"{name} gives {total} tokens in windows of at least {min(SHORTEST, length)}: expected at least one "
+            f"context of {length}; give more text"
+        )
+    lengths = torch.tensor([len(ids) for _, ids in pieces])
+    input_ids = torch.tensor([token for _, ids in pieces for token in ids])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    targets = torch.cat([input_ids[1:], torch.tensor([IGNORE])])
+    targets[starts[1:] - 1] = IGNORE
+    numbers = torch.tensor([number for number, _ in pieces]).repeat_interleave(lengths)
+    return Windows(input_ids, targets, numbers, starts)

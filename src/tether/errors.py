@@ -1,0 +1,27 @@
+"""The errors that tether raises on purpose.
+
+Every message says what was given, what was expected and what to do next. Anything else that escapes
+is a bug.
+"""
+
+__all__ = ["CertificateError", "CheckpointError", "ConfigError", "ShapeError", "TetherError"]
+
+
+class TetherError(Exception):
+    """Base of all errors that tether raises on purpose; the command line prints it and exits with 2."""
+
+
+class ConfigError(TetherError, ValueError):
+    """An option, a recipe or an input text is not usable as given."""
+
+
+class CheckpointError(TetherError):
+    """A file of weights, a delta or a checkpoint is missing, damaged or made for another base."""
+
+
+class ShapeError(TetherError, ValueError):
+    """A tensor has the wrong shape or type for what is asked of it."""
+
+
+class CertificateError(TetherError):
+    """A certificate cannot be read, or was asked for where it would not hold."""

@@ -1,0 +1,62 @@
+"""What a block of code costs: processor time, clock time, memory."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+__all__ = ["Usage"]
+
+
+@final
+class Usage:
+    """What a block of code costs; the figures are set when it ends.
+
+    Attributes:
+        cpu_seconds: Processor time of this process and of the children that it has waited for.
+        wall_seconds: Time on the clock.
+        peak_rss_bytes: The most memory this process, or any child it has waited for, has held since its
+            start: an upper limit for the block.
+
+    Example:
+        >>> with Usage() as usage:
+        ...     _ = sum(range(1000))
+        >>> usage.wall_seconds >= 0 and usage.peak_rss_bytes > 0
+        True
+    """
+
+    def __init__(self) -> None:
+        self.cpu_seconds = 0.0
+        self.wall_seconds = 0.0
+        self.peak_rss_bytes = 0
+
+    def __enter__(self) -> "Usage":
+        self._cpu_start = _cpu_seconds()
+        self._wall_start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cpu_seconds = _cpu_seconds() - self._cpu_start
+        self.wall_seconds = time.perf_counter() - self._wall_start
+        self.peak_rss_bytes = _peak_rss_bytes()
+
+
+def _cpu_seconds() -> float:
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _peak_rss_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss starts at the size of the parent at the fork; this one starts at the exec.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return max(int(line.split()[1]) * 1024, children)
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, children)

@@ -1,0 +1,1 @@
+"""Bytes on disk: read lazily, published whole or not at all."""

@@ -1,0 +1,331 @@
+"""A lazy view of the tensors of a checkpoint, and the hashes that identify it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+from safetensors import SafetensorError, safe_open
+
+from tether.errors import CheckpointError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointReader", "hash_files", "sha256_file"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_CHUNK = 4 * 1024 * 1024  # bytes read at a time while hashing
+
+
+class _Entry(NamedTuple):
+    """Where one tensor lies: bytes ``start`` (included) to ``stop`` (excluded) of ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@final
+class CheckpointReader:
+    """The tensors of a safetensors file or of a Hugging Face checkpoint folder, read when asked for.
+
+    Only headers are read on construction, and they are checked then: a checkpoint that opens has every
+    tensor that it promises, at its full length. No file stays open between calls, and a tensor that was
+    returned owns its memory: it stays valid when the file is later replaced.
+
+    In a folder, ``model.safetensors`` is taken before ``model.safetensors.index.json``, as transformers
+    does. With an index, the tensors are those that the index names.
+
+    Args:
+        path: A safetensors file, or a folder holding ``model.safetensors`` or the index of a sharded model.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or the index names absent shards or tensors;
+            one error names them all.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"head": torch.arange(6.0).reshape(3, 2)}, f"{folder}/model.safetensors")
+        ...     reader = CheckpointReader(folder)
+        ...     reader.names, reader.shape("head"), reader.dtype("head"), reader.slice("head", 1, 2)
+        (('head',), (3, 2), 'F32', tensor([[2., 3.]]))
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self._path = Path(path)
+        self._metadata: list[tuple[Path, dict[str, str]]] = []
+        self._entries: dict[str, _Entry] = {}
+        single = self._path / SINGLE if self._path.is_dir() else self._path
+        if single.exists() or not self._path.is_dir():
+            self._entries, metadata = _read_header(single)
+            self._metadata.append((single, metadata))
+        elif (self._path / INDEX).exists():
+            self._open_shards(_read_index(self._path / INDEX))
+        else:
+            raise CheckpointError(
+                f"{self._path} holds no weights that can be read: expected {SINGLE} or {INDEX} in it. "
+                "Give a safetensors file or a folder that save_pretrained wrote; convert .bin and .pt files "
+                "first."
+            )
+
+    def _open_shards(self, weight_map: Mapping[str, str]) -> None:
+        problems: list[str] = []
+        shards: dict[str, dict[str, _Entry]] = {}
+        for shard in sorted(set(weight_map.values())):
+            relative = PurePosixPath(shard)
+            if relative.is_absolute() or ".." in relative.parts:
+                problems.append(f"shard {shard} lies outside the folder")
+            elif not (self._path / relative).is_file():
+                count = sum(name == shard for name in weight_map.values())
+                problems.append(f"shard {shard} is absent (it should hold {count} tensors)")
+            else:
+                try:
+                    shards[shard], metadata = _read_header(self._path / relative)
+                except CheckpointError as error:
+                    problems.append(str(error))
+                else:
+                    self._metadata.append((self._path / relative, metadata))
+        for name, shard in sorted(weight_map.items()):
+            if shard in shards:
+                if name in shards[shard]:
+                    self._entries[name] = shards[shard][name]
+                else:
+                    problems.append(f"tensor {name} is absent from shard {shard}")
+        if problems:
+            raise CheckpointError(
+                f"{self._path / INDEX} does not match its files: {'; '.join(problems)}. Expected every shard "
+                "and tensor that the index names. Copy or download the missing files again."
+            )
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that was given."""
+        return self._path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold the tensors, in order of their names."""
+        return tuple(file for file, _ in self._metadata)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, sorted."""
+        return tuple(sorted(self._entries))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of tensor ``name``, from the header.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name.
+        """  # noqa: DOC502 - raised by _entry
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Return the type of tensor ``name`` as safetensors spells it: ``F32``, ``BF16``, ``I64`` and so on.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name.
+        """  # noqa: DOC502 - raised by _entry
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """Read one whole tensor.
+
+        Args:
+            name: One of ``names``.
+
+        Returns:
+            The tensor on the CPU, in its stored type and shape, in memory of its own.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name, or its file has gone or changed since.
+        """  # noqa: DOC502 - raised by _entry and _opened
+        with _opened(self._entry(name).file, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def slice(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Read rows ``start`` (included) to ``stop`` (excluded) of a tensor, without reading the others.
+
+        Args:
+            name: One of ``names``.
+            start: First row along axis 0, from 0.
+            stop: End row, at most ``shape(name)[0]``.
+
+        Returns:
+            The rows on the CPU, shape ``(stop - start, *shape(name)[1:])``, in memory of their own.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name, or its file has gone or changed since.
+            ShapeError: If the rows are not all there.
+        """  # noqa: DOC502 - CheckpointError is raised by _entry and _opened
+        entry = self._entry(name)
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+            raise ShapeError(
+                f"rows {start} to {stop} were asked of tensor {name} of shape {entry.shape} in {entry.file}; "
+                "expected 0 <= start <= stop <= shape[0]. Take the bounds from shape(name); read a scalar "
+                "with tensor(name)."
+            )
+        with _opened(entry.file, "pt") as file:
+            rows: torch.Tensor = file.get_slice(name)[start:stop]
+            return rows.clone()
+
+    def metadata(self) -> dict[str, str]:
+        """Return the text that the headers carry, joined over the shards.
+
+        Returns:
+            Key to value; empty if the files carry none.
+
+        Raises:
+            CheckpointError: If two shards give one key different values.
+        """
+        joined: dict[str, str] = {}
+        for file, metadata in self._metadata:
+            for key, value in metadata.items():
+                if joined.setdefault(key, value) != value:
+                    raise CheckpointError(
+                        f"{file} gives metadata {key} = {value!r}, an earlier shard {joined[key]!r}; "
+                        "expected one value. The shards come from different checkpoints: copy them all from "
+                        "one."
+                    )
+        return joined
+
+    def fingerprint(self) -> str:
+        """Hash what the checkpoint says, not how it is cut into files.
+
+        SHA-256 over name, type, shape and content of every tensor, in order of the names. Equal for any
+        sharding and any metadata; different for any changed bit, name, shape or type. Memory stays at one
+        chunk of 4 MiB.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            CheckpointError: If a file has gone or has been cut short since it was opened.
+        """
+        digest = hashlib.sha256(b"tether fingerprint 1\n")
+        for name in self.names:
+            entry = self._entries[name]
+            digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode() + b"\n")
+            try:
+                for chunk in _chunks(entry.file, entry.start, entry.stop):
+                    digest.update(chunk)
+            except OSError as error:
+                raise CheckpointError(_unreadable(entry.file, error)) from error
+        return digest.hexdigest()
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            close = ", ".join(get_close_matches(name, self._entries, n=3)) or "none"
+            raise CheckpointError(
+                f"tensor {name} was asked of {self._path}, which holds {len(self._entries)} others (similar: "
+                f"{close}). Take a name from names, or give the checkpoint that this one was made for."
+            ) from None
+
+
+def sha256_file(path: str | PathLike[str]) -> str:
+    """Hash the bytes of a file, a chunk at a time.
+
+    Args:
+        path: A file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: If it is missing or cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(_unreadable(Path(path), error)) from error
+
+
+def hash_files(paths: Iterable[str | PathLike[str]]) -> dict[Path, str]:
+    """Hash several files; say all that are missing before reading any.
+
+    Args:
+        paths: Files, in any order.
+
+    Returns:
+        Each path to the SHA-256 of its bytes, in the order given.
+
+    Raises:
+        CheckpointError: If some are missing or are not files; the message names them all.
+    """
+    files = [Path(path) for path in paths]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} files to hash are missing: {', '.join(missing)}. Expected "
+            "existing files. Check the paths."
+        )
+    return {file: sha256_file(file) for file in files}
+
+
+# On opening, safetensors checks that the header is sound and covers the file exactly.
+def _opened(file: Path, framework: str) -> Any:
+    try:
+        return safe_open(file, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_unreadable(file, error)) from error
+
+
+def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    with _opened(file, "numpy"):
+        pass
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {}
+    for name, tensor in header.items():
+        start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+        entries[name] = _Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
+    return entries, metadata
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_bytes())["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("weight_map values must be file names")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is not the index of a sharded checkpoint ({type(error).__name__}: {error}). Expected "
+            "JSON with a weight_map from tensor names to file names. Copy or download it again."
+        ) from error
+    return dict(weight_map)
+
+
+def _chunks(file: Path, start: int, stop: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while start < stop:
+            count = stream.readinto(buffer[: stop - start])
+            if not count:
+                raise OSError(f"cut short, {stop - start} bytes are missing")
+            yield buffer[:count]
+            start += count
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{file} does not exist; expected a file there. Check the path."
+    return (
+        f"{file} cannot be read ({error}). Expected a complete file, for weights in the safetensors format. "
+        "Check the path and its permissions; if it is the right file, copy or download it again: it is "
+        "damaged."
+    )

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+from tether.delta.cache import cache_states, cached, load_states
+from tether.delta.windows import window_text
+from tether.errors import CheckpointError
+
+
+def test_cached_states_are_the_backbones_rounded_to_half(model, tokenizer, tmp_path):
+    windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
+    cache = cache_states(model, windows, tmp_path / "states.safetensors")
+    for row in (0, 3, len(windows.starts) - 2):
+        part = slice(int(windows.starts[row]), int(windows.starts[row + 1]))
+        with torch.no_grad():
+            expected = model.backbone(windows.input_ids[part][None]).last_hidden_state[0]
+        assert_close(cache.states[part].float(), expected, rtol=2e-3, atol=2e-3)
+    for name in windows._fields:
+        assert torch.equal(getattr(cache.windows, name), getattr(windows, name))
+    assert cache.base == model.config.base_fingerprint
+
+
+def test_scored_tokens_are_those_with_a_next_token(caches):
+    states, targets = caches["digits"].scored()
+    windows = caches["digits"].windows
+    assert len(states) == len(targets) == len(windows.input_ids) - (len(windows.starts) - 1)
+    assert bool((targets >= 0).all())
+
+
+def test_progress_ends_at_the_total(model, tokenizer, tmp_path):
+    steps = []
+    windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
+    cache_states(model, windows, tmp_path / "states.safetensors", on_step=steps.append)
+    assert steps[-1] == {"done": len(windows.input_ids), "total": len(windows.input_ids)}
+
+
+def test_the_same_text_is_read_once(model, tokenizer, tmp_path):
+    windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
+    steps = []
+    first = cached(model, windows, tmp_path, on_step=steps.append)
+    count = len(steps)
+    second = cached(model, windows, tmp_path, on_step=steps.append)
+    assert count > 0
+    assert len(steps) == count
+    assert torch.equal(first.states, second.states)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_state_that_half_precision_cannot_hold_is_refused_and_leaves_nothing(tokenizer, tmp_path):
+    from tether.causal.modeling import CausalQwenForCausalLM
+
+    huge = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    huge.backbone.norm.weight.data.mul_(1e6)
+    windows = window_text(tiny.documents("words", 2), tokenizer, length=48)
+    with pytest.raises(CheckpointError, match="float16"):
+        cache_states(huge, windows, tmp_path / "states.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_or_foreign_files_are_refused(model, tokenizer, tmp_path):
+    path = tmp_path / "states.safetensors"
+    cache_states(model, window_text(tiny.documents("words", 2), tokenizer, length=48), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="states"):
+        load_states(path)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="expected cached states"):
+        load_states(tmp_path / "model" / "model.safetensors")

@@ -1,0 +1,142 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+import tiny
+from tether.causal.modeling import CausalQwenForCausalLM
+from tether.delta.certificate import Certificate, Settings, certify, read, verify
+from tether.delta.delta import Delta
+from tether.delta.fusion import fuse, save_checkpoint
+from tether.delta.gate import Gate
+from tether.delta.windows import write_documents
+from tether.errors import CertificateError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a fused checkpoint, two texts and their certificate."""
+    folder = tmp_path_factory.mktemp("certified")
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    generator = torch.Generator().manual_seed(0)
+    delta = Delta(
+        name="a",
+        chart="symmetric",
+        first=torch.randn(32, 32, generator=generator) / 64,
+        second=torch.randn(32, 32, generator=generator) / 32,
+        gate=Gate(torch.zeros(32), torch.randn(4, 32, generator=generator), torch.full((6,), 120.0)),
+        base=model.config.base_fingerprint,
+        record={"budget": 0.1, "metric": "softmax"},
+    )
+    fused = fuse(model, {delta: 1.0})
+    save_checkpoint(fused, tiny.tokenizer(), folder / "fused")
+    texts = {"words": folder / "words.jsonl", "digits": folder / "digits.jsonl"}
+    for kind, path in texts.items():
+        write_documents(path, tiny.documents(kind, 6))
+    certify(model, fused, tiny.tokenizer(), texts, window=48).save(folder / "cert.json")
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_certificate_holds_also_after_its_folder_has_moved(copy):
+    assert verify(copy / "cert.json") == []
+    certificate = read(copy / "cert.json")
+    assert certificate.model["path"] == "fused"
+    assert certificate.texts["words"]["path"] == "words.jsonl"
+    assert certificate.figures["words"]["softmax_kl"]["mean"] > 0
+    assert certificate.figures["words"]["bound"]["violations"] == 0
+
+
+def files(folder):
+    return sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "cert.json"
+    )
+
+
+def test_any_byte_of_any_referenced_file_counts(copy, generator):
+    names = files(copy)
+    assert len(names) >= 7
+    for name in names:
+        path = copy / name
+        content = path.read_bytes()
+        at = int(torch.randint(len(content), (), generator=generator))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        wrong = verify(copy / "cert.json")
+        assert any(name.rsplit("/", 1)[-1] in line for line in wrong), name
+        path.write_bytes(content)
+    (copy / "words.jsonl").unlink()
+    assert any("missing" in line for line in verify(copy / "cert.json"))
+
+
+def numbers(value, path=()):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, (*path, key))
+    elif isinstance(value, list):
+        for key, inner in enumerate(value):
+            yield from numbers(inner, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def change(content, path, value):
+    *outer, last = path
+    for key in outer:
+        content = content[key]
+    content[last] = value
+
+
+def test_any_edited_figure_breaks_the_seal(copy):
+    text = (copy / "cert.json").read_text()
+    found = list(numbers(json.loads(text)))
+    assert len(found) > 40
+    for path, value in found:
+        content = json.loads(text)
+        change(content, path, value + 1 if isinstance(value, int) else value * (1 + 1e-9) + 1e-12)
+        (copy / "cert.json").write_text(json.dumps(content))
+        try:
+            assert verify(copy / "cert.json") != [], path
+        except CertificateError:
+            assert path == ("schema_version",)
+
+
+def test_a_forged_seal_is_found_by_recomputing(copy):
+    content = json.loads((copy / "cert.json").read_text())
+    content["figures"]["words"]["softmax_kl"]["mean"] *= 0.9
+    content["figures"]["digits"]["bound"]["contexts"] += 1
+    forged = Certificate(**content).sealed()
+    (copy / "cert.json").write_text(json.dumps(forged.model_dump(mode="json")))
+    wrong = verify(copy / "cert.json")
+    assert len(wrong) == 2
+    assert "words.softmax_kl.mean" in wrong[0]
+    assert "digits.bound.contexts" in wrong[1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"schema_version": 99}', "\x00\x01"])
+def test_what_is_no_certificate_cannot_be_read(tmp_path, content):
+    if content is not None:
+        (tmp_path / "cert.json").write_text(content)
+    with pytest.raises(CertificateError, match=r"cert\.json"):
+        verify(tmp_path / "cert.json")
+
+
+def test_what_cannot_be_certified(made, tmp_path):
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    other = CausalQwenForCausalLM.from_backbone(tiny.backbone(seed=1))
+    fused = CausalQwenForCausalLM.from_pretrained(made / "fused")
+    with pytest.raises(CertificateError, match="no fused deltas"):
+        certify(model, model, tiny.tokenizer(), tiny.documents("words", 6))
+    with pytest.raises(CertificateError, match="different backbones"):
+        certify(other, fused, tiny.tokenizer(), tiny.documents("words", 6))
+    with pytest.raises(ConfigError, match="shares between 0 and 1"):
+        Settings(confidence=1.0)
+    loose = certify(model, fused, tiny.tokenizer(), tiny.documents("words", 6), window=48)
+    with pytest.raises(CertificateError, match="refers to files"):
+        loose.save(tmp_path / "cert.json")
+    assert not (tmp_path / "cert.json").exists()

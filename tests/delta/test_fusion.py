@@ -1,0 +1,157 @@
+import math
+import resource
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from tether.causal.modeling import CausalQwenForCausalLM
+from tether.delta.cache import cache_states
+from tether.delta.delta import Delta
+from tether.delta.fusion import check_free, fuse, save_checkpoint
+from tether.delta.gate import Gate
+from tether.delta.windows import window_text
+from tether.errors import CheckpointError, ConfigError
+from tether.store.manifest import read_manifest
+
+
+def make(model, name="a", seed=0, *, gate=True, rank=3, window=4, base=None, first=True):
+    generator = torch.Generator().manual_seed(seed)
+    gates = Gate(torch.zeros(32), torch.randn(rank, 32, generator=generator), torch.full((window,), 90.0))
+    return Delta(
+        name=name,
+        chart="symmetric",
+        first=torch.randn(32, 32, generator=generator) / 32 if first else None,
+        second=torch.randn(32, 32, generator=generator) / 32,
+        gate=gates if gate else None,
+        base=base or model.config.base_fingerprint,
+        record={"budget": 0.1, "metric": "softmax"},
+    )  # fmt: skip
+
+
+def test_a_delta_comes_back_from_its_file(model, tmp_path):
+    for name, delta in {"full": make(model), "plain": make(model, gate=False, first=False)}.items():
+        saved = delta.save(tmp_path / f"{name}.delta")
+        again = Delta.load(tmp_path / f"{name}.delta")
+        assert saved.path == again.path == tmp_path / f"{name}.delta"
+        assert torch.equal(again.second, delta.second)
+        assert (again.first is None) == (delta.first is None)
+        assert (again.gate is None) == (delta.gate is None)
+        if delta.gate is not None:
+            assert all(torch.equal(a, b) for a, b in zip(delta.gate, again.gate, strict=True))
+        assert (again.name, again.chart, again.base, again.record) == (
+            delta.name,
+            delta.chart,
+            delta.base,
+            delta.record,
+        )
+
+
+def test_damaged_and_foreign_delta_files(model, tmp_path):
+    path = tmp_path / "a.delta"
+    with pytest.raises(CheckpointError, match=r"a\.delta"):
+        Delta.load(path)
+    make(model).save(path)
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:40], b"", b"\0" * 8 + content[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"a\.delta"):
+            Delta.load(path)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="expected a delta file"):
+        Delta.load(tmp_path / "model" / "model.safetensors")
+
+
+def test_what_cannot_be_fused_is_named(model):
+    a, b = make(model, "a", 1), make(model, "b", 2)
+    with pytest.raises(ConfigError, match="at least one delta"):
+        fuse(model, {})
+    with pytest.raises(ConfigError, match="linear, symmetric"):
+        fuse(model, {a: 1.0}, chart="linaer")
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="finite"):
+            fuse(model, {a: 1.0, b: weight})
+    with pytest.raises(ConfigError, match="distinct names"):
+        fuse(model, {a: 1.0, make(model, "a", 3): 1.0})
+    with pytest.raises(CheckpointError, match="'x'"):
+        fuse(model, {a: 1.0, make(model, "x", base="sha256:" + "0" * 64): 1.0})
+    with pytest.raises(ConfigError, match="no gate"):
+        fuse(model, {a: 1.0, make(model, "c", gate=False): 1.0}, gated=True)
+    with pytest.raises(ConfigError, match="fused already"):
+        fuse(fuse(model, {a: 1.0}), {b: 1.0})
+    with pytest.raises(ConfigError, match="same gate window"):
+        fuse(model, {a: 1.0, make(model, "c", window=8): 1.0})
+
+
+def test_weights_are_shared_with_the_base_and_the_base_is_untouched(model):
+    fused = fuse(model, {make(model): 2.0})
+    assert fused.backbone is model.backbone
+    assert fused.action is model.action
+    assert model.fusion is None
+    assert model.config.fusion is None
+    assert fuse(model, {make(model, gate=False): 1.0}).fusion.gated is False
+
+
+def test_gates_of_different_rank_live_together(model, generator):
+    narrow, wide = make(model, "a", 1, rank=2), make(model, "b", 2, rank=5)
+    ids = torch.randint(256, (2, 12), generator=generator)
+    both = fuse(model, {narrow: 1.0, wide: 1.0})(input_ids=ids).gates
+    alone = [fuse(model, {delta: 1.0})(input_ids=ids).gates[0] for delta in (narrow, wide)]
+    assert torch.equal(both, torch.stack(alone))
+
+
+def test_a_fused_checkpoint_loads_with_stock_classes(model, tokenizer, tmp_path, generator):
+    deltas = {make(model, "a", 1): 1.0, make(model, "b", 2, first=False): -0.3}
+    paths = {delta.name: delta.save(tmp_path / f"{delta.name}.delta").path for delta in deltas}
+    fused = fuse(model, deltas, chart="geodesic")
+    save_checkpoint(fused, tokenizer, tmp_path / "fused", inputs=paths)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fused").eval()
+    ids = torch.randint(256, (2, 15), generator=generator)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, fused(input_ids=ids).logits)
+    assert again.config.fusion == fused.config.fusion
+    assert [item.role for item in read_manifest(tmp_path / "fused").inputs] == ["a", "b"]
+
+
+def test_an_output_folder_with_content_is_refused_before_and_kept(model, tokenizer, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    for attempt in (lambda: check_free(tmp_path), lambda: save_checkpoint(model, tokenizer, tmp_path)):
+        with pytest.raises(ConfigError, match="not empty"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    with pytest.raises(ConfigError, match="tokenizer"):
+        save_checkpoint(model, None, tmp_path / "new")
+    check_free(tmp_path / "new")
+
+
+def test_a_delta_of_another_width_is_refused():
+    wide = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    delta = make(wide)
+    cut = Delta(**{**delta.__dict__, "second": delta.second[:, :16], "first": delta.first[:, :16]})
+    with pytest.raises(CheckpointError, match=r"\(32, 16\)"):
+        fuse(wide, {cut: 1.0})
+
+
+@pytest.fixture
+def small_disk():
+    """Files of this process may not grow beyond 4 kB, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokenizer, tmp_path, small_disk):
+    windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
+    attempts = {
+        "model": lambda: save_checkpoint(model, tokenizer, tmp_path / "model"),
+        "a.delta": lambda: make(model, "a").save(tmp_path / "a.delta"),
+        "states": lambda: cache_states(model, windows, tmp_path / "states"),
+    }
+    (tmp_path / "a.delta").write_bytes(b"earlier")
+    for name, attempt in attempts.items():
+        with pytest.raises(CheckpointError, match=f"{name} could not be written: File too large"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.delta"]
+    assert (tmp_path / "a.delta").read_bytes() == b"earlier"

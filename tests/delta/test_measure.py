@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import tiny
+from tether.cauchy.charts import CHARTS
+from tether.delta.delta import Delta
+from tether.delta.fusion import fuse
+from tether.delta.gate import Gate
+from tether.delta.measure import Variant, measure
+from tether.delta.objective import softmax_shift
+from tether.delta.summary import summarise
+from tether.delta.windows import window_text
+
+
+def delta(model, name, seed, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (size * torch.randn(32, 32, generator=generator) / 32 for _ in range(2))
+    gate = Gate(torch.zeros(32), torch.randn(4, 32, generator=generator), torch.full((6,), 120.0))
+    return Delta(
+        name=name,
+        chart="symmetric",
+        first=first,
+        second=second,
+        gate=gate,
+        base=model.config.base_fingerprint,
+    )
+
+
+@pytest.fixture(scope="module")
+def case(model, tokenizer):
+    windows = window_text(tiny.documents("words", 5) + tiny.documents("digits", 3), tokenizer, length=40)
+    deltas = {delta(model, "a", 1): 1.0, delta(model, "b", 2): 0.5}
+    return windows, deltas
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_measured_is_what_the_fused_model_does(model, case, chart, gated):
+    windows, deltas = case
+    fused = fuse(model, deltas, chart=chart, gated=gated)
+    result = measure(
+        model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), chart, gated)], batch_size=3
+    )
+    kl, nll, base_nll, drift = [], [], [], []
+    for start, end in zip(windows.starts[:-1], windows.starts[1:], strict=True):
+        ids = windows.input_ids[start:end][None]
+        with torch.no_grad():
+            before, after = model(input_ids=ids), fused(input_ids=ids)
+        p, q = before.logits[0].double().log_softmax(-1), after.logits[0].double().log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        targets = ids[0, 1:, None]
+        base_nll.append(-p[:-1].gather(-1, targets)[:, 0])
+        nll.append(-q[:-1].gather(-1, targets)[:, 0])
+        laws = [
+            torch.distributions.Cauchy(out.latent_loc[0].double(), out.latent_log_scale[0].double().exp())
+            for out in (before, after)
+        ]
+        drift.append(torch.distributions.kl_divergence(*laws).sum(-1))
+    assert_close(result.softmax_kl[0].double(), torch.cat(kl), rtol=1e-3, atol=1e-5)
+    assert_close(result.nll[0].double(), torch.cat(nll), rtol=1e-4, atol=1e-4)
+    assert_close(result.base_nll.double(), torch.cat(base_nll), rtol=1e-4, atol=1e-5)
+    assert_close(result.latent_drift[0].double(), torch.cat(drift), rtol=1e-3, atol=1e-4)
+    assert bool((result.latent_drift <= result.bound * (1 + 1e-5) + 1e-9).all())
+
+
+def test_the_bound_of_one_delta_alone_is_its_own_drift(model, case):
+    windows, deltas = case
+    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.0), "symmetric", False)])
+    assert_close(result.bound, result.latent_drift, rtol=1e-5, atol=1e-9)
+
+
+def test_where_gates_are_closed_nothing_is_measured_as_moved(model, case):
+    windows, deltas = case
+    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), "symmetric", True)])
+    closed = result.gates.sum(0) == 0
+    assert 0 < int(closed.sum()) < len(closed)
+    assert bool((result.softmax_kl[0][closed] == 0).all())
+    assert bool((result.latent_drift[0][closed] == 0).all())
+    kept = closed[result.scored]
+    assert torch.equal(result.nll[0][kept], result.base_nll[kept])
+
+
+@settings(max_examples=100, deadline=None)
+@given(scale=st.floats(-6, 3), seed=st.integers(0, 10_000))
+def test_softmax_shift_against_float64(scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    shift = 10**scale * torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    p, q = logits.log_softmax(-1), (logits + shift).log_softmax(-1)
+    # The definition itself loses everything for small shifts; half the variance is exact to first order there.
+    spread = (p.exp() * shift**2).sum(-1) - (p.exp() * shift).sum(-1) ** 2
+    expected = (p.exp() * (p - q)).sum(-1) if scale > -2 else spread / 2
+    kl, normaliser = softmax_shift(p.float(), shift.float())
+    assert_close(kl.double(), expected, rtol=1e-3 if scale > -2 else 3e-2, atol=1e-12 + 3e-7 * 10**scale)
+    assert_close((p + shift - normaliser.double()[:, None]), q, rtol=1e-4, atol=1e-4 + 10**scale * 1e-6)
+
+
+def test_summary_counts_means_and_violations(model, case):
+    windows, deltas = case
+    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), "linear", False)])
+    figures = summarise(result, 0)
+    assert figures["tokens"] == len(windows.input_ids)
+    assert figures["documents"] == 8
+    assert figures["softmax_kl"]["mean"] == pytest.approx(float(result.softmax_kl[0].double().mean()))
+    assert figures["softmax_kl"]["low"] <= figures["softmax_kl"]["mean"] <= figures["softmax_kl"]["high"]
+    assert figures["nll_change"]["mean"] == pytest.approx(figures["nll"] - figures["nll_base"], abs=1e-6)
+    assert figures["bound"] | {"mean_allowed": 0, "largest_ratio": 0} == {
+        "contexts": len(windows.input_ids), "violations": 0, "mean_allowed": 0, "largest_ratio": 0
+    }  # fmt: skip
+    assert figures["softmax_kl"]["documents"]["at_most"] is None
+    assert "59" in figures["softmax_kl"]["documents"]["reason"]
+    broken = result._replace(bound=result.latent_drift * 0.5)
+    assert summarise(broken, 0)["bound"]["violations"] == len(windows.input_ids)
+    many = result._replace(documents=torch.arange(len(result.documents)) % 70)
+    per_document = torch.stack([result.softmax_kl[0][many.documents == d].double().mean() for d in range(70)])
+    at_most = summarise(many, 0)["softmax_kl"]["documents"]["at_most"]
+    # 70 documents: the largest but none may be left out at 95 %/95 %.
+    assert at_most == pytest.approx(float(per_document.max()))
