@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from disk import nearly_full
 from tether.errors import CheckpointError, ConfigError
 from tether.runs import Run, Usage, read_run
 from tether.store.publish import publish_folder
@@ -350,19 +351,13 @@ def test_lines_of_an_attempt_that_was_begun_again_do_not_count(tmp_path):
 
 
 def test_line_that_does_not_fit_on_the_disk_leaves_no_trace(tmp_path):
-    import resource
-
     with Run(tmp_path / "run", CONFIG) as run:
         run.log({"step": 1})
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        try:
-            with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written \(File too large\)"):
-                run.log({"text": "x" * 2000})
-            with pytest.raises(CheckpointError, match=r"learn\.json could not be written"):
-                run.stage("learn", lambda: ([], {"text": "x" * 2000}))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        message = r"metrics\.jsonl cannot be written \(File too large\)"
+        with pytest.raises(CheckpointError, match=message), nearly_full(1000):
+            run.log({"text": "x" * 2000})
+        with pytest.raises(CheckpointError, match=r"learn\.json could not be written"), nearly_full(1000):
+            run.stage("learn", lambda: ([], {"text": "x" * 2000}))
         run.log({"step": 2})
         assert run.metrics() == [{"step": 1}, {"step": 2}]
         assert not list((run.folder / "stages").iterdir())

@@ -1,11 +1,11 @@
 import math
-import resource
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
+from disk import nearly_full
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.cache import cache_states
 from tether.delta.delta import Delta
@@ -133,16 +133,7 @@ def test_a_delta_of_another_width_is_refused():
         fuse(wide, {cut: 1.0})
 
 
-@pytest.fixture
-def small_disk():
-    """Files of this process may not grow beyond 4 kB, as on a disk that is nearly full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokenizer, tmp_path, small_disk):
+def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokenizer, tmp_path):
     windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
     attempts = {
         "model": lambda: save_checkpoint(model, tokenizer, tmp_path / "model"),
@@ -151,7 +142,8 @@ def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokeniz
     }
     (tmp_path / "a.delta").write_bytes(b"earlier")
     for name, attempt in attempts.items():
-        with pytest.raises(CheckpointError, match=f"{name} could not be written: File too large"):
+        message = f"{name} could not be written: File too large"
+        with pytest.raises(CheckpointError, match=message), nearly_full(4_000):
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["a.delta"]
     assert (tmp_path / "a.delta").read_bytes() == b"earlier"

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from disk import nearly_full
 from tether.errors import CheckpointError, ConfigError
 from tether.store.publish import clean_stale, publish_file, publish_folder, write_json
 
@@ -39,15 +39,6 @@ def dead_pid():
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     return process.pid
-
-
-@pytest.fixture
-def file_size_limit():
-    """Let the kernel refuse to make any file longer than 100 kB, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_folder_appears_with_all_its_content(tmp_path):
@@ -324,21 +315,19 @@ def test_full_disk_in_a_folder(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_kernel_refuses_to_write_on(tmp_path, file_size_limit):
+def test_kernel_refuses_to_write_on(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(
-        CheckpointError,
-        match=r"a\.json could not be written: File too large after 100000 bytes; "
-        r"\d{6} bytes were needed",
-    ):
+    message = r"a\.json could not be written: File too large after 100000 bytes; \d{6} bytes were needed"
+    with pytest.raises(CheckpointError, match=message), nearly_full(100_000):
         write_json(tmp_path / "a.json", {"new": "x" * 200_000})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert names(tmp_path) == ["a.json"]
 
 
-def test_full_disk_inside_names_the_folder_that_was_asked_for(tmp_path, file_size_limit):
+def test_full_disk_inside_names_the_folder_that_was_asked_for(tmp_path):
     with (
         pytest.raises(CheckpointError) as caught,
+        nearly_full(100_000),
         publish_folder(tmp_path / "model", needed=200_002) as temporary,
     ):
         write_json(temporary / "a.json", "x" * 200_000)

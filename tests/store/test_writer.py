@@ -2,7 +2,6 @@ import errno
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from disk import nearly_full
 from tether.errors import CheckpointError, ConfigError, ShapeError
 from tether.store import writer
 from tether.store.reader import CheckpointReader
@@ -28,15 +28,6 @@ def assert_same_bits(actual, expected):
     assert actual.shape == expected.shape
     bits = [tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (actual, expected)]
     torch.testing.assert_close(*bits, rtol=0, atol=0)
-
-
-@pytest.fixture
-def file_size_limit():
-    """Let the kernel refuse to make any file longer than 100 kB, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_safetensors_reads_back_every_type_and_layout(tmp_path, generator):
@@ -118,12 +109,11 @@ def test_shared_memory_is_refused(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", {"a": base[:3], "b": base[3:], "c": base[3:3]})
 
 
-def test_full_disk_leaves_the_earlier_file(tmp_path, file_size_limit):
+def test_full_disk_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, {"w": torch.ones(10)})
-    with pytest.raises(
-        CheckpointError, match=r"File too large after \d+ bytes; 400\d{3} bytes were needed.*Nothing"
-    ):
+    message = r"File too large after \d+ bytes; 400\d{3} bytes were needed.*Nothing"
+    with pytest.raises(CheckpointError, match=message), nearly_full(100_000):
         write_safetensors(path, {"w": torch.zeros(50_000), "v": torch.zeros(50_000)})
     torch.testing.assert_close(load_file(path)["w"], torch.ones(10))
     assert names(tmp_path) == ["a.safetensors"]

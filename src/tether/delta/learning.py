@@ -162,12 +162,13 @@ def _meet(head: Head, anchor: Anchor, fit: Fit, needs: dict[str, Tensor]) -> tup
         return float(token_drift(metric, head.scaled(factor), at, **needs).mean())
 
     # Each full measurement is dear. How fast drift grows along the ray is learnt from a cheap form of it, and
-    # where to begin from a third of the tokens.
+    # where to begin from a third of the tokens, corrected by what that form says those are of the whole.
     inner = "latent" if metric == "latent" else "fisher"
     full, less = mean(inner, 1.0, probe), mean(inner, 0.9, probe)
     power = math.log(full / less) / math.log(1 / 0.9) if min(full, less) > 0 else 2.0
     value = fit.budget.value or 0.0
-    rough = mean(metric, 1.0, probe.some(len(probe.states) // 3))
+    third = probe.some(max(1, len(probe.states) // 3))
+    rough = mean(metric, 1.0, third) * full / max(mean(inner, 1.0, third), 1e-30)
     start = (AIM * value / rough) ** (1 / power) if rough > 0 else 1.0
     met = meet_budget(lambda factor: mean(metric, factor, probe), value, start=start, power=power)
     figures = {"factor": met.scale, "drift_base": met.drift, "drift_tokens": len(probe.states)}
