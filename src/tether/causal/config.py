@@ -8,17 +8,36 @@ from transformers.configuration_utils import SubConfigSpec
 
 from tether.errors import ConfigError
 
-__all__ = ["MODES", "PRESETS", "CausalQwenConfig"]
+__all__ = ["MODES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
 
-MODES = ("softmax", "deterministic")
-"""How tokens are read from the scores: logits = loc_S, or logits = log P(S_k > C_k)."""
+MODES = ("softmax", "deterministic", "causal")
+"""How to act: logits = loc_S; logits = log P(S_k > C_k); or logits = the scores of a sampled U."""
 
-PRESETS: dict[str, dict[str, float]] = {
+THRESHOLDS = ("constant", "class", "context")
+"""C_k of the one-vs-rest decision: one number; one for each class; or one number above the context's
+log-sum-exp of loc_S, so that a class fires when its softmax log probability plus noise exceeds the number."""
+
+TRANSFORMS = ("raw", "signed-log")
+"""What the value head predicts: the number itself, or sign(v) ln(1 + |v|)."""
+
+PRESETS: dict[str, dict[str, Any]] = {
     # Spec document 5, section 4, word for word.
-    "paper": {"latent_scale": 100.0, "class_noise": 0.0, "threshold": 100.0},
-    # Measured on SmolLM2-135M (docs/log.md): a latent scale at which sampling U is about as diverse as
-    # softmax at temperature 1, and a class noise under which argmax P_k is the base's argmax.
-    "calibrated": {"latent_scale": 0.02, "class_noise": 20.0, "threshold": 20.0},
+    "paper": {
+        "latent_scale": 100.0,
+        "class_noise": 0.0,
+        "threshold": 100.0,
+        "threshold_form": "constant",
+        "value_transform": "raw",
+    },
+    # Measured on SmolLM2-135M (docs/log.md): a latent scale at which sampling U is as diverse as softmax at
+    # temperature 1, and the lowest one-vs-rest loss found under which argmax P_k is the base's argmax.
+    "calibrated": {
+        "latent_scale": 0.02,
+        "class_noise": 0.0,
+        "threshold": 0.0,
+        "threshold_form": "context",
+        "value_transform": "signed-log",
+    },
 }
 
 
@@ -29,10 +48,19 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     Args:
         backbone_config: config of the wrapped decoder (any causal architecture of transformers).
         latent_size: dimensions of U; None takes the backbone's hidden size (identity start needs equality).
-        preset: name of the preset the three numbers below came from.
+        preset: name of the preset the fields up to `value_transform` came from.
         latent_scale: initial scale of U, > 0, in units of the hidden state.
         class_noise: scale of an exogenous Cauchy noise on each class score, >= 0, in units of a logit.
-        threshold: C_k of the one-vs-rest decision, in units of a logit, the same for all classes.
+        threshold: start of C_k, in units of a logit; the parameter `action.threshold` holds what is served.
+        threshold_form: `constant`, `class` or `context`, see `THRESHOLDS`.
+        value_transform: `raw` or `signed-log`, see `TRANSFORMS`.
+        abduction_size: width of a small MLP added to the linear abduction (0 at the start); 0 for none.
+        num_token_id: id of `<NUM>`, or None for a model without numbers; set by `add_numbers`.
+        class_bias: whether the scores have a bias b_k; set by `add_numbers` where `<NUM>` is an added class.
+        gate_alpha: alpha of the gated value loss, in [0, 1].
+        value_loss_weight: lambda of the total loss, >= 0.
+        ovr_impl: form of the one-vs-rest loss: `dense`, `chunked` or `sampled`.
+        calibration: figures of the calibration this model went through, or None.
         fusion: description of the fused deltas, or None: chart, gated, domains, weights, location_only.
         base_fingerprint: hash of the backbone's weights, set by `from_backbone`; deltas are bound to it.
         initializer_range: standard deviation for the value head's start.
@@ -47,8 +75,17 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     latent_size: int | None = None
     preset: str = "calibrated"
     latent_scale: float = 0.02
-    class_noise: float = 20.0
-    threshold: float = 20.0
+    class_noise: float = 0.0
+    threshold: float = 0.0
+    threshold_form: str = "context"
+    value_transform: str = "signed-log"
+    abduction_size: int = 0
+    num_token_id: int | None = None
+    class_bias: bool = False
+    gate_alpha: float = 0.5
+    value_loss_weight: float = 1.0
+    ovr_impl: str = "chunked"
+    calibration: dict[str, Any] | None = None
     fusion: dict[str, Any] | None = None
     base_fingerprint: str | None = None
     initializer_range: float = 0.02
@@ -60,6 +97,16 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"latent_scale={self.latent_scale}, class_noise={self.class_noise}: expected latent_scale > 0 "
                 "and class_noise >= 0; see the presets in tether.causal.config.PRESETS"
+            )
+        if self.threshold_form not in THRESHOLDS or self.value_transform not in TRANSFORMS:
+            raise ConfigError(
+                f"threshold_form={self.threshold_form!r}, value_transform={self.value_transform!r}: expected one "
+                f"of {', '.join(THRESHOLDS)} and one of {', '.join(TRANSFORMS)}"
+            )
+        if not 0 <= self.gate_alpha <= 1 or not self.value_loss_weight >= 0 or self.abduction_size < 0:
+            raise ConfigError(
+                f"gate_alpha={self.gate_alpha}, value_loss_weight={self.value_loss_weight}, "
+                f"abduction_size={self.abduction_size}: expected gate_alpha in [0, 1] and the others >= 0"
             )
         backbone = self.backbone_config
         hidden_size = getattr(backbone, "hidden_size", None)
