@@ -103,7 +103,8 @@ def _times(bench: _Bench, tokens: int, repeats: int) -> list[Row]:
                 seconds[name].append(time.process_time() - started)
     torch.set_num_threads(threads)
     speed = {name: [tokens / value for value in values] for name, values in seconds.items()}
-    head = f"{tokens} tokens, {len(bench.weight)} classes, width {bench.weight.shape[1]}, forward and backward, one thread"
+    classes, latent = bench.weight.shape
+    head = f"{tokens} tokens, {classes} classes, width {latent}, forward and backward, one thread"
     base = "baseline: dense cross-entropy"
     shared = "one scale for all tokens, frozen"
     per_second = "tokens per CPU second"

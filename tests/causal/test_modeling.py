@@ -57,9 +57,10 @@ def test_sampling_draws_what_the_base_draws(pair, ids):
 
 
 def test_deterministic_mode_is_the_cauchy_tail_of_every_score(pair, ids):
-    base, model = pair
-    model.config.threshold = 1.5
-    model.action.class_noise = 0.7
+    base, _ = pair
+    model = CausalQwenForCausalLM.from_backbone(
+        base, class_noise=0.7, threshold=1.5, threshold_form="constant"
+    )
     with torch.no_grad():
         z = base.model(ids).last_hidden_state.double()
         weight = base.get_output_embeddings().weight.double()
@@ -82,7 +83,6 @@ def test_deterministic_loss_is_the_summed_binary_cross_entropy(pair, ids):
 
 def test_deterministic_generation_takes_the_largest_probability(pair, ids):
     _, model = pair
-    model.action.class_noise = 0.0
     with torch.no_grad():
         expected = model(input_ids=ids, mode="deterministic").logits[:, -1].argmax(-1)
     written = model.generate(ids, mode="deterministic", do_sample=False, max_new_tokens=1, pad_token_id=257)
@@ -167,7 +167,7 @@ def test_bad_requests_are_refused_by_name(ids):
         model.generate(ids, mode="argmax")
     with pytest.raises(ConfigError, match="calibrated"):
         CausalQwenForCausalLM.from_backbone(tiny.backbone(), preset="papre")
-    with pytest.raises(ConfigError, match="preset holds"):
+    with pytest.raises(ConfigError, match="expected some of"):
         CausalQwenForCausalLM.from_backbone(tiny.backbone(), gamma=3.0)
     with pytest.raises(ConfigError, match="output head"):
         CausalQwenForCausalLM.from_backbone(tiny.backbone().model)

@@ -10,10 +10,14 @@ __all__ = [  # noqa: F822 - resolved below
     "config",
     "fused",
     "gates",
+    "generation",
     "layers",
     "loading",
     "losses",
     "modeling",
+    "noise",
+    "numbers",
+    "posterior",
 ]
 
 

@@ -32,7 +32,7 @@ class NumericEmbedding(nn.Module):
         """Draw the direction, the same on every run."""
         generator = torch.Generator(device=self.direction.device).manual_seed(0)
         nn.init.normal_(self.direction, std=0.02, generator=generator)
-        self.direction /= self.direction.norm()
+        self.direction.div_(self.direction.norm())
 
     def forward(
         self, embeds: Float[Tensor, "*batch hidden"], numeric_values: Float[Tensor, "*batch"]

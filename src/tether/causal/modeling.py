@@ -1,5 +1,6 @@
 """CausalQwenForCausalLM: a backbone that infers a cause U at every token and acts from it."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from tether.cauchy.functional import from_noise
 from tether.causal.config import MODES, PRESETS, CausalQwenConfig
 from tether.causal.fused import Fusion
-from tether.causal.layers import Abduction, Action
-from tether.causal.losses import ovr_log_prob, ovr_loss, softmax_loss
+from tether.causal.generation import CausalGeneration, text_positions
+from tether.causal.layers import Abduction, Action, NumericEmbedding
+from tether.causal.losses import IGNORE, gated_cauchy_nll, ovr_log_prob, ovr_loss, softmax_loss
+from tether.causal.noise import Noise, truncate
+from tether.causal.normaliser import log_normaliser
+from tether.causal.numbers import NumericTokenizer
+from tether.causal.placeholder import check_numeric
+from tether.causal.vocabulary import add_numbers
 from tether.errors import ConfigError
 
 __all__ = ["CausalOutput", "CausalQwenForCausalLM"]
@@ -28,8 +36,8 @@ class CausalOutput(ModelOutput):  # type: ignore[misc]
         past_key_values: the backbone's cache.
         latent_loc: loc of U after fusion, shape (B, T, C), float32.
         latent_log_scale: log scale of U after fusion, shape (B, T, C), float32.
-        value_loc: median of the value Y, shape (B, T), float32.
-        value_scale: scale of Y, shape (B, T), float32.
+        value_loc: median of Y, shape (B, T), float32, in the units of `config.value_transform`.
+        value_scale: scale of Y, shape (B, T), float32, same units.
         gates: weight factor of each fused domain, shape (N, B, T), or None.
         gate_state: what the gates remember for the next call, or None.
         hidden_states: the backbone's, when asked for.
@@ -37,7 +45,11 @@ class CausalOutput(ModelOutput):  # type: ignore[misc]
     """
 
     loss: Tensor | None = None
+    class_loss: Tensor | None = None
+    value_loss: Tensor | None = None
     logits: Tensor | None = None
+    value: Tensor | None = None
+    latent: Tensor | None = None
     past_key_values: Any = None
     latent_loc: Tensor | None = None
     latent_log_scale: Tensor | None = None
@@ -49,8 +61,8 @@ class CausalOutput(ModelOutput):  # type: ignore[misc]
     attentions: tuple[Tensor, ...] | None = None
 
 
-class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Backbone -> abduction -> (fused deltas) -> action.
+class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Numbers -> backbone -> abduction -> (fused deltas) -> action.
 
     The forward pass costs the backbone plus two H x C products a token beside the output head; each fused
     delta adds two more (one when location-only).
@@ -81,8 +93,8 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         text = config.get_text_config(decoder=True)
         self.vocab_size: int = text.vocab_size
         latent_size = config.latent_size or text.hidden_size
-        self.abduction = Abduction(text.hidden_size, latent_size, config.latent_scale)
-        self.action = Action(latent_size, text.vocab_size, config.class_noise)
+        self.numeric = NumericEmbedding(text.hidden_size)
+        self.abduction, self.action = _head(config)
         self.fusion = Fusion(text.hidden_size, latent_size, config.fusion) if config.fusion else None
         embedding = self.backbone.get_input_embeddings().weight
         # The name of the embedding differs between architectures; tying must know it.
@@ -97,11 +109,13 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             module.reset_identity()
         elif isinstance(module, Action):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            module.reset_value()
+            module.reset_action()
+        elif isinstance(module, NumericEmbedding):
+            module.reset_direction()
 
     @classmethod
     def from_backbone(
-        cls, backbone: str | PreTrainedModel, preset: str = "calibrated", **overrides: float
+        cls, backbone: str | PreTrainedModel, preset: str = "calibrated", **overrides: Any
     ) -> "CausalQwenForCausalLM":
         """Wrap a causal LM so that softmax mode equals it exactly.
 
@@ -109,7 +123,7 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             backbone: alias, path or hub id of a causal LM, or the loaded model (its modules are taken over,
                 not copied).
             preset: `calibrated` or `paper`, see `tether.causal.config.PRESETS`.
-            overrides: latent_scale, class_noise or threshold in place of the preset's value.
+            overrides: fields of the preset in place of its values, `abduction_size`, or fields of the losses.
 
         Returns:
             The wrapped model in evaluation mode.
@@ -121,9 +135,9 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
         if preset not in PRESETS:
             raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-        unknown = set(overrides) - set(PRESETS[preset])
-        if unknown:
-            raise ConfigError(f"{sorted(unknown)}: a preset holds {', '.join(PRESETS[preset])}")
+        known = {*PRESETS[preset], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl"}
+        if unknown := set(overrides) - known:
+            raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(known))}")
         model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
@@ -142,15 +156,20 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
         with torch.device("meta"):
             wrapped = cls(config)
-        hidden_size, latent_size = wrapped.abduction.loc.in_features, wrapped.abduction.loc.out_features
-        dtype, device = head.weight.dtype, head.weight.device
         wrapped.backbone = model.base_model
-        wrapped.abduction = Abduction(hidden_size, latent_size, config.latent_scale).to(device, dtype)
-        wrapped.abduction.reset_identity()
-        wrapped.action = Action(latent_size, wrapped.vocab_size, config.class_noise).to(device, dtype)
-        wrapped.action.weight = head.weight
-        wrapped.action.reset_value()
-        wrapped.generation_config = model.generation_config
+        dtype, device = head.weight.dtype, head.weight.device
+        wrapped.abduction, action = _head(config)
+        wrapped.abduction.to(device, dtype).reset_identity()
+        # Not allocated twice: the base's own head takes the place of the class weight.
+        action.weight = head.weight
+        action.value_weight = nn.Parameter(action.value_weight.to(device, dtype))
+        action.value_bias = nn.Parameter(action.value_bias.to(device, dtype))
+        action.threshold = nn.Parameter(action.threshold.to(device))
+        action.reset_action()
+        wrapped.action = action
+        wrapped.numeric = NumericEmbedding(wrapped.abduction.loc.in_features).to(device, dtype)
+        wrapped.numeric.reset_direction()
+        wrapped.generation_config = copy.deepcopy(model.generation_config)
         wrapped.name_or_path = ""
         wrapped.eval()
         return wrapped
@@ -193,8 +212,13 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        numeric_values: Tensor | None = None,
+        value_labels: Tensor | None = None,
         mode: str = "softmax",
+        noise: Noise | Tensor | None = None,
+        truncation: float = 0.0,
         gate_state: Tensor | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalOutput:
         """Run the model.
@@ -208,19 +232,33 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             labels: next-token targets, shape (B, T), aligned with input_ids (shifted inside), -100 ignored.
             use_cache: return the cache.
             logits_to_keep: compute scores for this many last positions only; 0 for all.
-            mode: `softmax` or `deterministic`.
+            numeric_values: the number at each `<NUM>`, 0 elsewhere, shape (B, T).
+            value_labels: numbers that labels which are `<NUM>` should have, shape (B, T), aligned with labels;
+                None takes `numeric_values`.
+            mode: `softmax`, `deterministic` or `causal`.
+            noise: who acts, mode `causal` only; see `generate`.
+            truncation: smallest accepted density of U as a share of its peak, in [0, 1]; mode `causal` only.
             gate_state: gate memory returned by the call for the text before.
+            return_logits: False saves the scores of all classes where only the loss is wanted.
             kwargs: passed to the backbone.
 
         Returns:
             See `CausalOutput`.
 
         Raises:
-            ConfigError: unknown mode.
-        """
+            ConfigError: unknown mode, noise outside mode `causal`, or numbers where there is no `<NUM>`.
+            ShapeError: numbers or noise of another shape.
+        """  # noqa: DOC502 - ShapeError is raised by what it calls
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        if mode != "causal" and (noise is not None or truncation):
+            raise ConfigError(
+                f"noise or truncation with mode={mode!r}: only mode 'causal' samples U; leave them out"
+            )
         kwargs.pop("return_dict", None)
+        if numeric_values is not None:
+            input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, numeric_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -232,24 +270,35 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        time = hidden_states.shape[1]
+        shape, device = hidden_states.shape[:2], hidden_states.device
         if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -time:].bool()
+            mask = attention_mask[:, -shape[1] :].bool()
         else:
-            mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
         loc, log_scale, gates, gate_state = self.latent(hidden_states, mask, gate_state)
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         loc, log_scale = loc[:, kept], log_scale[:, kept]
         scale = log_scale.exp()
-        if mode == "softmax":
-            logits = self.action.score_loc(loc)
-        else:
-            logits = ovr_log_prob(*self.action.scores(loc, scale), self.config.threshold)
-        loss = None if labels is None else self._loss(mode, loc, scale, logits, labels[:, kept])
         value_loc, value_scale = self.action.values(loc, scale)
+        latent, number = None, value_loc
+        if mode == "causal":
+            positions = text_positions(attention_mask, position_ids, shape, past, device)[:, kept]
+            drawn = self._noise_for(noise, shape[0]).at(positions)
+            latent = from_noise(truncate(drawn, truncation), loc, scale)
+            number = self.action.values(latent, scale)[0]
+        logits = self._logits(mode, loc, scale, latent) if return_logits else None
+        losses: tuple[Tensor | None, ...] = (None, None, None)
+        if labels is not None:
+            values = numeric_values if value_labels is None else value_labels
+            values = None if values is None else values[:, kept]
+            losses = self._losses(mode, loc, scale, logits, labels[:, kept], values)
         return CausalOutput(
-            loss=loss,
+            loss=losses[0],
+            class_loss=losses[1],
+            value_loss=losses[2],
             logits=logits,
+            value=self.action.number(number),
+            latent=latent,
             past_key_values=outputs.past_key_values,
             latent_loc=loc,
             latent_log_scale=log_scale,
@@ -261,51 +310,130 @@ class CausalQwenForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             attentions=outputs.attentions,
         )
 
-    def _loss(self, mode: str, loc: Tensor, scale: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, embeds: Tensor | None, numeric_values: Tensor) -> Tensor:
+        if input_ids is None or embeds is not None:
+            raise ConfigError(
+                "numeric_values without input_ids: expected the ids, so that <NUM> can be found"
+            )
+        number = self.config.num_token_id
+        if number is None and bool((numeric_values != 0).any()):
+            raise ConfigError(
+                "numeric_values for a model without <NUM>: expected none; enable numbers with "
+                "model.add_numbers(tokenizer), or convert with --numbers"
+            )
+        check_numeric(input_ids, numeric_values, -1 if number is None else number)
+        embedded: Tensor = self.numeric(self.get_input_embeddings()(input_ids), numeric_values)
+        return embedded
+
+    def _logits(self, mode: str, loc: Tensor, scale: Tensor, latent: Tensor | None) -> Tensor:
+        if mode == "deterministic":
+            return self.action.log_prob(loc, scale)
+        if latent is None:
+            return self.action.score_loc(loc)
+        scores = self.action.score_loc(latent)
+        # A threshold that all classes share does not change who wins.
+        return scores - self.action.threshold if self.config.threshold_form == "class" else scores
+
+    def _losses(
+        self,
+        mode: str,
+        loc: Tensor,
+        scale: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        values: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         targets = labels[:, 1:].reshape(-1)
+        loc, scale = (tensor[:, :-1].flatten(0, 1) for tensor in (loc, scale))
+        action = self.action
         if mode == "softmax":
-            return softmax_loss(logits[:, :-1].flatten(0, 1), targets)
+            scores = action.score_loc(loc) if logits is None else logits[:, :-1].flatten(0, 1)
+            class_loss = softmax_loss(scores, targets)
+        else:
+            scored = targets != IGNORE
+            loc, scale, targets = loc[scored], scale[scored], targets[scored]
+            class_loss = self._ovr(loc, scale, targets)
+        if self.config.num_token_id is None:
+            return class_loss, class_loss, None
+        if values is None:
+            if bool((labels == self.config.num_token_id).any()):
+                raise ConfigError(
+                    "labels with <NUM> but no numeric_values: expected the numbers they stand for"
+                )
+            return class_loss, class_loss, None
+        wanted = values[:, 1:].reshape(-1).to(loc.device)
+        if mode != "softmax":
+            wanted = wanted[scored]
+        here = targets == self.config.num_token_id
+        value_loss = self._value_loss(mode, loc[here], scale[here], wanted[here])
+        return class_loss + self.config.value_loss_weight * value_loss, class_loss, value_loss
+
+    def _threshold(self, loc: Tensor) -> Tensor:
+        threshold: Tensor = self.action.threshold
+        if self.config.threshold_form == "context":
+            return threshold + log_normaliser(loc, self.action.weight, self.action.bias)
+        return threshold if self.config.threshold_form == "class" else threshold.squeeze()
+
+    def _ovr(self, loc: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
         return ovr_loss(
-            loc[:, :-1].flatten(0, 1),
-            scale[:, :-1].flatten(0, 1),
+            loc,
+            scale,
             self.action.weight,
             targets,
-            threshold=self.config.threshold,
-            class_noise=self.config.class_noise,
+            threshold=self._threshold(loc),
+            class_noise=self.action.class_noise,
+            bias=self.action.bias,
+            impl=self.config.ovr_impl,
         )
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
-    ) -> dict[str, Any]:
-        # The gates' memory is not part of the backbone's cache, so it travels with the keyword arguments.
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        if outputs.gate_state is not None and model_kwargs.get("use_cache", True):
-            model_kwargs["gate_state"] = outputs.gate_state
-        return model_kwargs
+    def _value_loss(self, mode: str, loc: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+        action, number = self.action, self.config.num_token_id
+        if mode == "softmax":
+            prob = torch.softmax(action.score_loc(loc).float(), dim=-1)[:, number]
+        else:
+            row = action.weight[number].float()
+            score = loc @ row + (0.0 if action.bias is None else action.bias[number].float())
+            level = self._threshold(loc)
+            level = level[number] if self.config.threshold_form == "class" else level.reshape(-1)
+            prob = ovr_log_prob(score, scale @ row.abs() + action.class_noise, level).exp()
+        value_loc, value_scale = action.values(loc, scale)
+        return gated_cauchy_nll(
+            value_loc,
+            value_scale,
+            action.transform(values),
+            torch.ones_like(value_loc, dtype=torch.bool),
+            prob,
+            self.config.gate_alpha,
+        )
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the stock loop; `mode="softmax"` (default) or `mode="deterministic"` is added.
+    def add_numbers(self, tokenizer: Any) -> "NumericTokenizer":
+        """Let the model read and write numbers; does nothing to a model that already does.
+
+        See `tether.causal.vocabulary.add_numbers`.
 
         Args:
-            args: as in transformers.
-            kwargs: as in transformers, and `mode`.
+            tokenizer: the model's tokenizer.
 
         Returns:
-            As in transformers.
-
-        Raises:
-            ConfigError: unknown mode, or beam search with a gated fusion (beams would mix gate memories).
+            The tokenizer that makes `input_ids` and `numeric_values`.
         """
-        if kwargs.get("mode", "softmax") not in MODES:
-            raise ConfigError(f"mode={kwargs['mode']!r}: expected one of {', '.join(MODES)}")
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
-        if beams > 1 and self.fusion is not None and self.fusion.gated:
-            raise ConfigError(
-                f"num_beams={beams} with a gated fusion: the gates remember one text per row; generate with "
-                "num_beams=1, or fuse with --no-gate"
-            )
-        return super().generate(*args, **kwargs)
+        return add_numbers(self, tokenizer)
+
+
+def _head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
+    text = config.get_text_config(decoder=True)
+    latent_size = config.latent_size or text.hidden_size
+    abduction = Abduction(text.hidden_size, latent_size, config.latent_scale, config.abduction_size)
+    action = Action(
+        latent_size,
+        text.vocab_size,
+        config.class_noise,
+        config.threshold,
+        config.threshold_form,
+        config.value_transform,
+        config.class_bias,
+    )
+    return abduction, action
 
 
 AutoModelForCausalLM.register(CausalQwenConfig, CausalQwenForCausalLM, exist_ok=True)

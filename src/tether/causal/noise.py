@@ -82,7 +82,9 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.seeds.dim() != 1 or self.size < 1:
-            raise ShapeError(f"seeds {tuple(self.seeds.shape)}, size={self.size}: expected shape (B,), size >= 1")
+            raise ShapeError(
+                f"seeds {tuple(self.seeds.shape)}, size={self.size}: expected shape (B,), size >= 1"
+            )
         if len(self.seeds) and int(self.seeds.min()) < 0:
             raise ConfigError(f"a seed of {int(self.seeds.min())}: expected seeds >= 0")
         if self.known is None:
@@ -186,8 +188,10 @@ class Noise:
                 block = torch.from_numpy(self._block(seed, first, last + 1 - first))
                 drawn[row] = block[wanted - first]
         if self.known is not None and positions.shape[1]:
-            given = self.known.float().cpu().gather(
-                1, places.clamp(max=known - 1).unsqueeze(-1).expand(-1, -1, self.size)
+            given = (
+                self.known.float()
+                .cpu()
+                .gather(1, places.clamp(max=known - 1).unsqueeze(-1).expand(-1, -1, self.size))
             )
             drawn = torch.where((places < known).unsqueeze(-1), given, drawn)
         return drawn.clamp(SMALLEST, 1 - SMALLEST).to(positions.device)
@@ -231,8 +235,13 @@ class Noise:
         reader = CheckpointReader(Path(path))
         about = reader.metadata()
         if about.get("kind") != "noise":
-            raise CheckpointError(f"{path}: expected noise written by Noise.save, found {about.get('kind', 'another file')}")
-        known = reader.tensor("known") if "known" in reader.names() else None
+            raise CheckpointError(
+                f"{path}: expected noise written by Noise.save, found {about.get('kind', 'another file')}"
+            )
+        known = reader.tensor("known") if "known" in reader.names else None
         return cls(
-            seeds=reader.tensor("seeds"), size=int(about["size"]), shared=json.loads(about["shared"]), known=known
+            seeds=reader.tensor("seeds"),
+            size=int(about["size"]),
+            shared=json.loads(about["shared"]),
+            known=known,
         )
