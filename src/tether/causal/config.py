@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from tether.errors import ConfigError
 
-__all__ = ["MODES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
+__all__ = ["MODES", "NOISES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
 
 MODES = ("softmax", "deterministic", "causal")
 """How to act: logits = loc_S; logits = log P(S_k > C_k); or logits = the scores of a sampled U."""
@@ -17,25 +17,33 @@ THRESHOLDS = ("constant", "class", "context")
 """C_k of the one-vs-rest decision: one number; one for each class; or one number above the context's
 log-sum-exp of loc_S, so that a class fires when its softmax log probability plus noise exceeds the number."""
 
+NOISES = ("constant", "fill")
+"""Exogenous noise on the scores: the same scale for each class; or as much for each class as fills its scale_S
+up to one size (`class_noise`; 0 for that of the widest class), so that argmax P_k is argmax loc_S."""
+
 TRANSFORMS = ("raw", "signed-log")
 """What the value head predicts: the number itself, or sign(v) ln(1 + |v|)."""
 
+# A threshold of None is resolved by `from_backbone` to V scale_S / (10 pi), where about ten classes are expected to
+# fire.
 PRESETS: dict[str, dict[str, Any]] = {
     # Spec document 5, section 4, word for word.
     "paper": {
         "latent_scale": 100.0,
         "class_noise": 0.0,
+        "noise_form": "constant",
         "threshold": 100.0,
         "threshold_form": "constant",
         "value_transform": "raw",
     },
-    # Measured on SmolLM2-135M (docs/log.md): a latent scale at which sampling U is as diverse as softmax at
-    # temperature 1, and the lowest one-vs-rest loss found under which argmax P_k is the base's argmax.
+    # Measured on SmolLM2-135M (docs/presets.md): a latent scale at which sampling U is as diverse as softmax
+    # at temperature 1, and the lowest one-vs-rest loss found under which argmax P_k is the base's argmax.
     "calibrated": {
-        "latent_scale": 0.02,
+        "latent_scale": 0.0245,
         "class_noise": 0.0,
-        "threshold": 0.0,
-        "threshold_form": "context",
+        "noise_form": "fill",
+        "threshold": None,
+        "threshold_form": "constant",
         "value_transform": "signed-log",
     },
 }
@@ -50,7 +58,9 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         latent_size: dimensions of U; None takes the backbone's hidden size (identity start needs equality).
         preset: name of the preset the fields up to `value_transform` came from.
         latent_scale: initial scale of U, > 0, in units of the hidden state.
-        class_noise: scale of an exogenous Cauchy noise on each class score, >= 0, in units of a logit.
+        class_noise: scale of an exogenous Cauchy noise on each class score, >= 0, in units of a logit; or the
+            size of scale_S that it fills up to (0: that of the widest class).
+        noise_form: `constant` or `fill`, see `NOISES`; the parameter `action.class_noise` holds what is served.
         threshold: start of C_k, in units of a logit; the parameter `action.threshold` holds what is served.
         threshold_form: `constant`, `class` or `context`, see `THRESHOLDS`.
         value_transform: `raw` or `signed-log`, see `TRANSFORMS`.
@@ -74,10 +84,11 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     latent_size: int | None = None
     preset: str = "calibrated"
-    latent_scale: float = 0.02
+    latent_scale: float = 0.0245
     class_noise: float = 0.0
-    threshold: float = 0.0
-    threshold_form: str = "context"
+    noise_form: str = "fill"
+    threshold: float = 4600.0
+    threshold_form: str = "constant"
     value_transform: str = "signed-log"
     abduction_size: int = 0
     num_token_id: int | None = None
@@ -98,11 +109,13 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"latent_scale={self.latent_scale}, class_noise={self.class_noise}: expected latent_scale > 0 "
                 "and class_noise >= 0; see the presets in tether.causal.config.PRESETS"
             )
-        if self.threshold_form not in THRESHOLDS or self.value_transform not in TRANSFORMS:
-            raise ConfigError(
-                f"threshold_form={self.threshold_form!r}, value_transform={self.value_transform!r}: expected one "
-                f"of {', '.join(THRESHOLDS)} and one of {', '.join(TRANSFORMS)}"
-            )
+        for field, known in (
+            ("threshold_form", THRESHOLDS),
+            ("noise_form", NOISES),
+            ("value_transform", TRANSFORMS),
+        ):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}")
         if not 0 <= self.gate_alpha <= 1 or not self.value_loss_weight >= 0 or self.abduction_size < 0:
             raise ConfigError(
                 f"gate_alpha={self.gate_alpha}, value_loss_weight={self.value_loss_weight}, "

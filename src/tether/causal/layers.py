@@ -114,7 +114,8 @@ class Action(nn.Module):
     Args:
         latent_size: dimensions C of U.
         vocab_size: number of classes V.
-        class_noise: scale of the exogenous Cauchy noise on each score, >= 0.
+        class_noise: start of the scale of the exogenous Cauchy noise on each score, >= 0.
+        noise_form: `constant` or `fill`, see `tether.causal.config.NOISES`.
         threshold: start of the decision threshold, in logits.
         threshold_form: `constant`, `class` or `context`, see `tether.causal.config.THRESHOLDS`.
         value_transform: `raw` or `signed-log`, the units of Y.
@@ -126,6 +127,7 @@ class Action(nn.Module):
         latent_size: int,
         vocab_size: int,
         class_noise: float,
+        noise_form: str,
         threshold: float,
         threshold_form: str,
         value_transform: str,
@@ -138,7 +140,9 @@ class Action(nn.Module):
         self.value_bias = nn.Parameter(torch.empty(1))
         per_class = threshold_form == "class"
         self.threshold = nn.Parameter(torch.empty(vocab_size if per_class else 1, dtype=torch.float32))
-        self.class_noise = class_noise
+        filled = noise_form == "fill"
+        self.class_noise = nn.Parameter(torch.empty(vocab_size if filled else 1, dtype=torch.float32))
+        self.noise_start = class_noise
         self.threshold_start = threshold
         self.threshold_form = threshold_form
         self.value_transform = value_transform
@@ -154,8 +158,30 @@ class Action(nn.Module):
         nn.init.xavier_uniform_(self.value_weight, generator=generator)
         nn.init.zeros_(self.value_bias)
         nn.init.constant_(self.threshold, self.threshold_start)
+        nn.init.constant_(self.class_noise, self.noise_start)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def fill_noise(self, latent_scale: Float[Tensor, " latent"], size: float = 0.0) -> float:
+        """Choose the noise of each class so that scale_S has one size.
+
+        Args:
+            latent_scale: scale of U, shape (C,), > 0.
+            size: least scale_S; 0 takes that of the widest class. Classes wider than a given size stay so.
+
+        Returns:
+            The size of scale_S filled up to, in logits.
+        """
+        own = self.weight.float().abs() @ latent_scale.float()
+        size = size or float(own.max())
+        self.class_noise.copy_((size - own).clamp(min=0))
+        return size
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Scale of the exogenous noise, shape (1,) or (V,), float32, never negative."""
+        return self.class_noise.float().clamp(min=0)
 
     def score_loc(self, latent_loc: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch vocab"]:
         """Compute loc_S, the softmax logits, or the scores of a given U; one product with the (V, C) weight.
@@ -186,15 +212,15 @@ class Action(nn.Module):
         weight = self.weight.float()
         loc = nn.functional.linear(latent_loc, weight, None if self.bias is None else self.bias.float())
         if torch.is_grad_enabled() and (latent_scale.requires_grad or self.weight.requires_grad):
-            return loc, nn.functional.linear(latent_scale, weight.abs()) + self.class_noise
+            return loc, nn.functional.linear(latent_scale, weight.abs()) + self.noise_scale
         row = latent_scale.reshape(-1, latent_scale.shape[-1])[:1]
         if not bool((latent_scale == row).all()):
-            return loc, nn.functional.linear(latent_scale, weight.abs()) + self.class_noise
+            return loc, nn.functional.linear(latent_scale, weight.abs()) + self.noise_scale
         key = (self.weight.data_ptr(), self.weight._version)
         if self._steady is None or self._steady[0] != key or not torch.equal(self._steady[1], row):
             self._steady = (key, row.clone(), nn.functional.linear(row, weight.abs()))
         shape = (*[1] * (latent_scale.dim() - 1), -1)
-        return loc, self._steady[2].reshape(shape) + self.class_noise
+        return loc, self._steady[2].reshape(shape) + self.noise_scale
 
     def thresholds(self, score_loc: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*#batch some"]:
         """Compute C_k.

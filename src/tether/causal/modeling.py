@@ -145,13 +145,14 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
                 f"{type(model).__name__}: expected a causal LM with an output head without bias; load it with "
                 "AutoModelForCausalLM"
             )
+        settings = PRESETS[preset] | overrides
         tied = head.weight is model.get_input_embeddings().weight
         config = CausalQwenConfig(
             backbone_config=model.config,
             preset=preset,
             tie_word_embeddings=tied,
             base_fingerprint=weights_fingerprint(model),
-            **(PRESETS[preset] | overrides),
+            **{name: value for name, value in settings.items() if value is not None},
         )
         # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
         with torch.device("meta"):
@@ -165,7 +166,17 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
         action.value_weight = nn.Parameter(action.value_weight.to(device, dtype))
         action.value_bias = nn.Parameter(action.value_bias.to(device, dtype))
         action.threshold = nn.Parameter(action.threshold.to(device))
+        action.class_noise = nn.Parameter(action.class_noise.to(device))
         action.reset_action()
+        if config.noise_form == "fill":
+            ones = torch.ones(action.weight.shape[1], device=device)
+            action.fill_noise(ones * config.latent_scale, config.class_noise)
+        if settings["threshold"] is None:
+            own = action.weight.detach()[0].float().abs().sum() * config.latent_scale
+            size = float(own + action.noise_scale.detach()[0])
+            # A tenth of the likelihood's peak: beyond it float32 no longer tells close scores apart.
+            config.threshold = 0.1 * len(action.weight) * size / torch.pi
+            nn.init.constant_(action.threshold, config.threshold)
         wrapped.action = action
         wrapped.numeric = NumericEmbedding(wrapped.abduction.loc.in_features).to(device, dtype)
         wrapped.numeric.reset_direction()
@@ -381,7 +392,9 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
             self.action.weight,
             targets,
             threshold=self._threshold(loc),
-            class_noise=self.action.class_noise,
+            class_noise=self.action.noise_scale
+            if len(self.action.class_noise) > 1
+            else self.action.noise_scale.squeeze(),
             bias=self.action.bias,
             impl=self.config.ovr_impl,
         )
@@ -394,8 +407,9 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
             row = action.weight[number].float()
             score = loc @ row + (0.0 if action.bias is None else action.bias[number].float())
             level = self._threshold(loc)
+            noise = action.noise_scale[number if len(action.class_noise) > 1 else 0]
             level = level[number] if self.config.threshold_form == "class" else level.reshape(-1)
-            prob = ovr_log_prob(score, scale @ row.abs() + action.class_noise, level).exp()
+            prob = ovr_log_prob(score, scale @ row.abs() + noise, level).exp()
         value_loc, value_scale = action.values(loc, scale)
         return gated_cauchy_nll(
             value_loc,
@@ -428,6 +442,7 @@ def _head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
         latent_size,
         text.vocab_size,
         config.class_noise,
+        config.noise_form,
         config.threshold,
         config.threshold_form,
         config.value_transform,

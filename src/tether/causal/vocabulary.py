@@ -75,8 +75,10 @@ def _grow(model: Any, digits: Tensor) -> None:
         bias[:-1] = action.bias
     bias[-1] = ASLEEP
     action.bias = nn.Parameter(bias)
-    if len(action.threshold) > 1:
-        action.threshold = nn.Parameter(torch.cat([action.threshold, action.threshold.mean().reshape(1)]))
+    for name in ("threshold", "class_noise"):
+        values = getattr(action, name)
+        if len(values) > 1:
+            setattr(action, name, nn.Parameter(torch.cat([values, values.mean().reshape(1)])))
     model.config.class_bias = True
     model.config.get_text_config(decoder=True).vocab_size = model.vocab_size = count
 

@@ -1,5 +1,6 @@
 """Commands on the model itself: convert, generate."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -16,20 +17,66 @@ def convert(
     preset: Annotated[
         str, typer.Option(help="Start of the causal head: calibrated or paper.")
     ] = "calibrated",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text to fit latent scale, class noise and threshold on.")
+    ] = None,
+    numbers: Annotated[
+        bool,
+        typer.Option("--numbers", help="Add a token <NUM> where the vocabulary has no reserved row for it."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a CausalQwen checkpoint of a causal LM; in softmax mode it equals the base."""
     quiet_libraries()
+    from tether.causal.calibration import calibrate as fit
     from tether.causal.loading import load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
+    from tether.causal.numbers import NumericTokenizer
     from tether.delta.fusion import check_free, save_checkpoint
+    from tether.delta.windows import read_documents, window_text
+    from tether.errors import ConfigError
+    from tether.report.frontier import frontier_png
+    from tether.store.publish import publish_file, write_json
 
     check_free(out)
+    documents = None if calibrate is None else read_documents(calibrate)
+    if documents and preset == "paper":
+        raise ConfigError(
+            "--calibrate with --preset paper: the paper's numbers are not fitted; leave one out"
+        )
     backbone, tokenizer = load_backbone(base)
     model = CausalQwenForCausalLM.from_backbone(backbone, preset=preset)
-    save_checkpoint(model, tokenizer, out)
-    result = {"path": str(out), "base": base, "preset": preset, "fingerprint": model.config.base_fingerprint}
-    emit(result, as_json, f"{base} -> {out} (preset {preset}, {model.config.base_fingerprint[:19]}...)")
+    record = None
+    if documents:
+        windows = window_text(documents, tokenizer, length=128, tokens=4000, name="the calibration text")
+        ends = windows.starts.tolist()
+        record = fit(model, [windows.input_ids[a:b] for a, b in pairwise(ends)])
+    numeric = NumericTokenizer(tokenizer, rows=model.vocab_size)
+    if numbers or not numeric.grows:
+        tokenizer = model.add_numbers(numeric)
+    save_checkpoint(model, tokenizer, out, inputs={} if calibrate is None else {"calibration": calibrate})
+    result = {
+        "path": str(out),
+        "base": base,
+        "preset": preset,
+        "fingerprint": model.config.base_fingerprint,
+        "num_token_id": model.config.num_token_id,
+        "calibration": model.config.calibration,
+    }
+    said = f"{base} -> {out} (preset {preset}, {model.config.base_fingerprint[:19]}...)"
+    if record is not None:
+        write_json(out / "calibration.json", record)
+        with publish_file(out / "calibration.png") as target:
+            frontier_png(record, target)
+        chosen = record["chosen"]
+        said += (
+            f"\nscale of U {record['latent_scale']:.4f}: causal sampling is greedy at {record['causal_share']:.1%}, "
+            f"softmax at {record['softmax_share']:.1%} of {record['positions']} positions"
+            f"\nargmax P_k is the base's choice at {chosen['agreement']:.1%}, one-vs-rest loss "
+            f"{chosen['ovr_loss']:.1f}, normalised NLL {chosen['normalised_nll']:.2f} nats; "
+            f"see {out / 'calibration.png'}"
+        )
+    emit(result, as_json, said)
 
 
 def generate(

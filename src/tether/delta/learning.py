@@ -115,8 +115,14 @@ def fit_delta(
 
     Raises:
         CheckpointError: states of another backbone than the model's.
+        ConfigError: the model has a class bias.
     """  # noqa: DOC502 - raised by _check_base
     _check_base(model, domain)
+    if model.action.bias is not None:
+        raise ConfigError(
+            "this model's classes have a bias (an added <NUM>), which fits do not take into account: learn on the "
+            "model before numbers are added; a delta fits both"
+        )
     started = time.process_time()
     generator = torch.Generator().manual_seed(fit.seed)
     states, targets = domain.scored()
