@@ -59,7 +59,7 @@ def test_sampling_draws_what_the_base_draws(pair, ids):
 def test_deterministic_mode_is_the_cauchy_tail_of_every_score(pair, ids):
     base, _ = pair
     model = CausalQwenForCausalLM.from_backbone(
-        base, class_noise=0.7, threshold=1.5, threshold_form="constant"
+        base, latent_scale=0.02, class_noise=0.7, noise_form="constant", threshold=1.5
     )
     with torch.no_grad():
         z = base.model(ids).last_hidden_state.double()
@@ -96,7 +96,7 @@ def test_values_follow_linear_stability(pair, ids):
         z = base.model(ids).last_hidden_state
     weight = model.action.value_weight[0]
     assert_close(output.value_loc, z @ weight)
-    assert_close(output.value_scale, (weight.abs().sum() * 0.02).expand_as(output.value_scale))
+    assert_close(output.value_scale, (weight.abs().sum() * 0.0245).expand_as(output.value_scale))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,14 +1,14 @@
 """Acting through the stock `generate()`: modes, noise, and numbers that feed the next step."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 from tether.causal.config import MODES
-from tether.causal.noise import Noise
+from tether.causal.noise import Noise, check_share
+from tether.causal.streaming import NumericStreamer
 from tether.errors import ConfigError, ShapeError
 
 __all__ = ["CausalGeneration", "Trail", "text_positions"]
@@ -41,20 +41,37 @@ class Trail:
 
     A step predicts the next token and the value it would have; which token it was is known one step later.
 
+    Args:
+        prompt: numbers of the prompts, shape (B, L).
+        num_token_id: id of `<NUM>`.
+        listener: gets the predicted values of each step, shape (B,), before its token is chosen; or None.
+
     Attributes:
         values: numbers so far, shape (B, L), float64.
         pending: what the last step predicts as the next value, shape (B,), or None.
     """
 
-    def __init__(self, values: Tensor, num_token_id: int | None) -> None:
-        self.values, self.num_token_id = values.double(), num_token_id
+    def __init__(self, prompt: Tensor, num_token_id: int, listener: list[Tensor] | None = None) -> None:
+        self.prompt = self.values = prompt.double()
+        self.num_token_id, self.listener = num_token_id, listener
         self.pending: Tensor | None = None
+
+    def expect(self, value: Tensor) -> None:
+        """Keep what a step predicts.
+
+        Args:
+            value: the next value of each text, should its token be `<NUM>`, shape (B,).
+        """
+        self.pending = value.double()
+        if self.listener is not None:
+            self.listener.append(self.pending)
 
     def follow(self, input_ids: Tensor) -> Tensor:
         """Take in the token chosen since the last call.
 
         Args:
-            input_ids: texts so far, shape (B, L) or (B, L + 1).
+            input_ids: texts so far, shape (B, L) or (B, L + 1); several times as many rows as prompts where
+                each prompt goes on in several ways.
 
         Returns:
             The numbers of these texts, of the same shape.
@@ -63,6 +80,8 @@ class Trail:
             ConfigError: several tokens were added at once.
         """
         new = input_ids.shape[1] - self.values.shape[1]
+        if len(input_ids) != len(self.values):
+            self.values = self.values.repeat_interleave(len(input_ids) // len(self.values), dim=0)
         if new == 0:
             return self.values
         if new != 1 or self.pending is None:
@@ -70,14 +89,29 @@ class Trail:
                 f"{new} tokens came at once: numbers are written one token at a time; generate without an "
                 "assistant and without prompt lookup"
             )
-        is_number = input_ids[:, -1] == (-1 if self.num_token_id is None else self.num_token_id)
-        self.values = torch.cat(
-            [self.values, torch.where(is_number, self.pending, 0.0).unsqueeze(-1)], dim=-1
-        )
+        is_number = input_ids[:, -1:] == self.num_token_id
+        chosen = torch.where(is_number, self.pending.unsqueeze(-1), 0.0)
+        self.values = torch.cat([self.values, chosen.to(self.values.device)], dim=-1)
         return self.values
 
+    def finish(self, sequences: Tensor, beams: int) -> Tensor:
+        """Give the numbers of the finished texts.
 
-def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Tensor | None]:
+        Args:
+            sequences: shape (B, L + new).
+            beams: more than 1 where texts were reordered; these hold no new numbers.
+
+        Returns:
+            Their numbers, of the same shape.
+        """
+        if beams == 1:
+            return self.follow(sequences)
+        values = torch.zeros(sequences.shape, dtype=torch.float64, device=sequences.device)
+        values[:, : self.prompt.shape[1]] = self.prompt.repeat_interleave(len(values) // len(self.prompt), 0)
+        return values
+
+
+def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Any]:
     # Generation goes on at the last column, so texts padded on the right are moved there.
     order = mask.long().argsort(dim=-1, stable=True)
     return [None if tensor is None else tensor.gather(1, order) for tensor in (mask, *aligned)]
@@ -86,19 +120,19 @@ def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Tensor | None]:
 class CausalGeneration(GenerationMixin):  # type: ignore[misc]
     """What `CausalQwenForCausalLM` adds to transformers' generation loop."""
 
+    @property
+    def latent_size(self) -> int:
+        """Dimensions C of U."""
+        return int(self.abduction.loc.out_features)
+
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        numeric_values: Tensor | None = None,
-        trail: Trail | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, trail: Trail | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Slice the numbers as the ids are sliced.
 
         Args:
             input_ids: texts so far, shape (B, L).
-            numeric_values: numbers of the prompt; the trail has them too.
-            trail: numbers so far.
+            trail: their numbers.
             kwargs: as in transformers.
 
         Returns:
@@ -106,10 +140,11 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs["logits_to_keep"] = 1
-        if trail is not None and inputs.get("input_ids") is not None:
-            values = trail.follow(input_ids)[:, -inputs["input_ids"].shape[1] :]
-            if bool(values.any()):
-                inputs["numeric_values"] = values
+        if trail is not None:
+            values = trail.follow(input_ids)
+            ids = inputs.get("input_ids")
+            if ids is not None and bool(values[:, -ids.shape[1] :].any()):
+                inputs["numeric_values"] = values[:, -ids.shape[1] :]
         return inputs
 
     def _update_model_kwargs_for_generation(
@@ -119,16 +154,14 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         # The gates' memory is not part of the backbone's cache, so it travels with the keyword arguments.
         if outputs.gate_state is not None and model_kwargs.get("use_cache", True):
             model_kwargs["gate_state"] = outputs.gate_state
-        trail = model_kwargs.get("trail")
-        if trail is not None:
-            trail.pending = outputs.value[:, -1]
-            if model_kwargs.get("value_listener") is not None:
-                model_kwargs["value_listener"].append(trail.pending)
+        if model_kwargs.get("trail") is not None:
+            model_kwargs["trail"].expect(outputs.value[:, -1])
         return model_kwargs
 
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         mode: str = "softmax",
         noise: Noise | Tensor | None = None,
@@ -148,61 +181,87 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
 
         Args:
             inputs: token ids of the prompts, shape (B, L); or pass `input_ids`.
+            generation_config: as in transformers.
             args: as in transformers.
             mode: how to act.
-            noise: who acts, mode `causal` only: a `Noise`, or uniform numbers of shape (C,) or (B, C) shared by
-                all positions; None draws new individuals from torch's global state, one draw a step.
+            noise: who acts, mode `causal` only: a `Noise` of one individual for each text, or uniform numbers
+                of shape (C,) or (B, C) shared by all positions; None draws new individuals from torch's
+                global state.
             truncation: smallest accepted density of U as a share of its peak, in [0, 1]; mode `causal` only.
             numeric_values: numbers of the prompts, shape (B, L).
-            kwargs: as in transformers.
+            kwargs: as in transformers. `num_return_sequences` lets that many individuals go on from each
+                prompt in mode `causal`.
 
         Returns:
             As in transformers. With `return_dict_in_generate=True` the result also has `numeric_values`,
             the numbers of the whole texts, shape (B, L + new), float64.
 
         Raises:
-            ConfigError: unknown mode; noise or truncation in another mode; beam search with gates or numbers.
-            ShapeError: noise for another batch or latent size.
-        """  # noqa: DOC502 - ShapeError is raised by _noise_for
+            ConfigError: unknown mode; noise or truncation in another mode; truncation outside [0, 1]; beam
+                search with gates or numbers; numbers without `<NUM>`.
+            ShapeError: noise for another batch or latent size; numbers of another shape.
+        """  # noqa: DOC502 - raised by what it calls
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-        ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        config = kwargs.get("generation_config") or self.generation_config
-        self._check_beams(kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1, mode, kwargs)
-        if mode != "softmax":
-            kwargs.setdefault("do_sample", False)
-            kwargs["mode"] = mode
-        sampling = kwargs.get("do_sample") or (kwargs.get("do_sample") is None and config.do_sample)
-        if sampling and config.top_k in {None, 50}:
-            # transformers' silent default would never draw most of the vocabulary.
-            kwargs.setdefault("top_k", 0)
-        mask = kwargs.get("attention_mask")
-        if ids is not None and mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
-            kwargs["attention_mask"], ids, numeric_values = _to_the_left(mask, ids, numeric_values)
-        returns = kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", 1) or 1
-        if mode == "causal":
-            batch = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0] * returns
-            kwargs["noise"] = self._noise_for(noise, batch)
-            kwargs["truncation"] = truncation
-        elif noise is not None or truncation:
+        if mode != "causal" and (noise is not None or truncation):
             raise ConfigError(
                 f"noise or truncation with mode={mode!r}: only mode 'causal' samples U; leave them out"
             )
-        trail = None
-        if self.config.num_token_id is not None and ids is not None:
-            values = torch.zeros_like(ids, dtype=torch.float64) if numeric_values is None else numeric_values
-            trail = Trail(values.repeat_interleave(returns, dim=0), self.config.num_token_id)
+
+        def option(name: str) -> Any:
+            given = (getattr(config, name, None) for config in (generation_config, self.generation_config))
+            return next((each for each in (kwargs.get(name), *given) if each is not None), None)
+
+        beams, returns = option("num_beams") or 1, option("num_return_sequences") or 1
+        self._check_beams(beams, mode, option("suppress_tokens") or [])
+        if mode != "softmax":
+            kwargs = {"do_sample": False} | kwargs | {"mode": mode}
+        if option("do_sample") and option("top_k") is None:
+            # transformers' silent default would never draw most of the vocabulary.
+            kwargs["top_k"] = 0
+        ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        mask = kwargs.get("attention_mask")
+        if ids is not None and numeric_values is not None:
+            self._check_numbers(ids, numeric_values)
+        if ids is not None and mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
+            mask, ids, numeric_values, places = _to_the_left(
+                mask, ids, numeric_values, kwargs.get("position_ids")
+            )
+            kwargs |= {"attention_mask": mask} | ({} if places is None else {"position_ids": places})
+        if mode == "causal":
+            first = ids if ids is not None else kwargs.get("inputs_embeds")
+            batch = 1 if first is None else len(first)
+            kwargs |= {"noise": self._noise_for(noise, batch * returns), "truncation": truncation}
+            check_share(truncation)
+            if returns > 1 and not option("do_sample"):
+                # The stock loop returns several texts only where it samples them itself.
+                kwargs = {name: _repeated(value, batch, returns) for name, value in kwargs.items()}
+                ids, numeric_values = (_repeated(value, batch, returns) for value in (ids, numeric_values))
+                kwargs["num_return_sequences"] = 1
+        trail = self._trail(ids, kwargs, numeric_values)
+        if trail is not None:
             kwargs["trail"] = trail
-            streamer = kwargs.get("streamer")
-            kwargs["value_listener"] = getattr(streamer, "values", None)
-        elif numeric_values is not None:
-            kwargs["numeric_values"] = numeric_values
-        result = super().generate(ids, *args, **kwargs)
+        result = super().generate(ids, generation_config, *args, **kwargs)
         if trail is not None and not isinstance(result, Tensor):
-            result["numeric_values"] = trail.follow(result["sequences"])
+            result["numeric_values"] = trail.finish(result["sequences"], beams)
         return result
 
-    def _check_beams(self, beams: int, mode: str, kwargs: dict[str, Any]) -> None:
+    def _trail(self, ids: Tensor | None, kwargs: dict[str, Any], values: Tensor | None) -> Trail | None:
+        if self.config.num_token_id is None:
+            return None
+        if values is None:
+            embeds = kwargs.get("inputs_embeds")
+            # Embedded prompts come without ids, and no prompt at all is one start token.
+            shape = ids.shape if ids is not None else (1, 1) if embeds is None else (len(embeds), 0)
+            values = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        streamer = kwargs.get("streamer")
+        if not isinstance(streamer, NumericStreamer):
+            return Trail(values, self.config.num_token_id)
+        if streamer.prompt_values is None and not streamer.skip_prompt:
+            streamer.prompt_values = values
+        return Trail(values, self.config.num_token_id, streamer.values)
+
+    def _check_beams(self, beams: int, mode: str, suppressed: list[int]) -> None:
         if beams <= 1:
             return
         if self.fusion is not None and self.fusion.gated:
@@ -211,22 +270,32 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 "num_beams=1, or fuse with --no-gate"
             )
         number = self.config.num_token_id
-        if mode == "causal" or (number is not None and number not in (kwargs.get("suppress_tokens") or [])):
+        if mode == "causal":
             raise ConfigError(
-                f"num_beams={beams}: beams would mix the individuals and numbers of several texts; generate with "
-                f"num_beams=1, or in another mode with suppress_tokens=[{number}]"
+                f"num_beams={beams} with mode='causal': beams would mix the texts of one individual; generate "
+                "with num_beams=1, or in another mode"
+            )
+        if number is not None and number not in suppressed:
+            raise ConfigError(
+                f"num_beams={beams} for a model with <NUM>: beams would mix the numbers of several texts; generate "
+                f"with num_beams=1, or with suppress_tokens=[{number}]"
             )
 
     def _noise_for(self, noise: Noise | Tensor | None, batch: int) -> Noise:
-        size = self.abduction.loc.out_features
+        size = self.latent_size
         if noise is None:
             return Noise.draw(batch, size)
-        noise = copy.copy(noise) if isinstance(noise, Noise) else Noise.of(noise)
+        noise = noise if isinstance(noise, Noise) else Noise.of(noise)
         if len(noise) == 1 and batch > 1 and noise.known is not None:
             noise = noise.rows([0] * batch)
         if len(noise) != batch or noise.size != size:
             raise ShapeError(
                 f"noise of {len(noise)} individuals with {noise.size} dimensions: expected {batch} with {size}; "
-                f"draw it with Noise.draw({batch}, {size})"
+                f"draw it with Noise.draw({batch}, {size}), or pick individuals with noise.rows"
             )
         return noise
+
+
+def _repeated(value: Any, batch: int, times: int) -> Any:
+    rows = isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch
+    return value.repeat_interleave(times, dim=0) if rows else value

@@ -146,7 +146,7 @@ class Action(nn.Module):
         self.threshold_start = threshold
         self.threshold_form = threshold_form
         self.value_transform = value_transform
-        self._steady: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._steady: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def reset_action(self) -> None:
@@ -211,16 +211,22 @@ class Action(nn.Module):
         """
         weight = self.weight.float()
         loc = nn.functional.linear(latent_loc, weight, None if self.bias is None else self.bias.float())
-        if torch.is_grad_enabled() and (latent_scale.requires_grad or self.weight.requires_grad):
-            return loc, nn.functional.linear(latent_scale, weight.abs()) + self.noise_scale
+        learnt = torch.is_grad_enabled() and (latent_scale.requires_grad or self.weight.requires_grad)
         row = latent_scale.reshape(-1, latent_scale.shape[-1])[:1]
-        if not bool((latent_scale == row).all()):
+        if learnt or not len(row) or not bool((latent_scale == row).all()):
             return loc, nn.functional.linear(latent_scale, weight.abs()) + self.noise_scale
-        key = (self.weight.data_ptr(), self.weight._version)
-        if self._steady is None or self._steady[0] != key or not torch.equal(self._steady[1], row):
-            self._steady = (key, row.clone(), nn.functional.linear(row, weight.abs()))
         shape = (*[1] * (latent_scale.dim() - 1), -1)
-        return loc, self._steady[2].reshape(shape) + self.noise_scale
+        return loc, self._steady_scale(row).reshape(shape) + self.noise_scale
+
+    def _steady_scale(self, row: Tensor) -> Tensor:
+        weight, kept = self.weight, self._steady
+        # Tensors of inference mode carry no version that tells when they change.
+        version = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        if kept is None or kept[0] is not weight or kept[1] != version or not torch.equal(kept[2], row):
+            kept = (weight, version, row.clone(), nn.functional.linear(row, weight.float().abs()))
+            # The weight itself is kept too: another one could come to lie at the same address.
+            self._steady = None if weight.is_inference() else kept
+        return kept[3]
 
     def thresholds(self, score_loc: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*#batch some"]:
         """Compute C_k.

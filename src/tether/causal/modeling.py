@@ -295,7 +295,7 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
         if mode == "causal":
             positions = text_positions(attention_mask, position_ids, shape, past, device)[:, kept]
             drawn = self._noise_for(noise, shape[0]).at(positions)
-            latent = from_noise(truncate(drawn, truncation), loc, scale)
+            latent = from_noise(truncate(drawn, truncation), loc, scale).float()
             number = self.action.values(latent, scale)[0]
         logits = self._logits(mode, loc, scale, latent) if return_logits else None
         losses: tuple[Tensor | None, ...] = (None, None, None)
@@ -326,6 +326,11 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
             raise ConfigError(
                 "numeric_values without input_ids: expected the ids, so that <NUM> can be found"
             )
+        self._check_numbers(input_ids, numeric_values)
+        embedded: Tensor = self.numeric(self.get_input_embeddings()(input_ids), numeric_values)
+        return embedded
+
+    def _check_numbers(self, input_ids: Tensor, numeric_values: Tensor) -> None:
         number = self.config.num_token_id
         if number is None and bool((numeric_values != 0).any()):
             raise ConfigError(
@@ -333,8 +338,6 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
                 "model.add_numbers(tokenizer), or convert with --numbers"
             )
         check_numeric(input_ids, numeric_values, -1 if number is None else number)
-        embedded: Tensor = self.numeric(self.get_input_embeddings()(input_ids), numeric_values)
-        return embedded
 
     def _logits(self, mode: str, loc: Tensor, scale: Tensor, latent: Tensor | None) -> Tensor:
         if mode == "deterministic":
@@ -364,10 +367,14 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
             scored = targets != IGNORE
             loc, scale, targets = loc[scored], scale[scored], targets[scored]
             class_loss = self._ovr(loc, scale, targets)
-        if self.config.num_token_id is None:
+        number = self.config.num_token_id
+        if values is not None and (number is None or values.shape != labels.shape):
+            self._check_numbers(labels, values)
+        if number is None:
             return class_loss, class_loss, None
+        here = targets == number
         if values is None:
-            if bool((labels == self.config.num_token_id).any()):
+            if bool(here.any()):
                 raise ConfigError(
                     "labels with <NUM> but no numeric_values: expected the numbers they stand for"
                 )
@@ -375,7 +382,7 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
         wanted = values[:, 1:].reshape(-1).to(loc.device)
         if mode != "softmax":
             wanted = wanted[scored]
-        here = targets == self.config.num_token_id
+        self._check_numbers(targets[here], wanted[here])
         value_loss = self._value_loss(mode, loc[here], scale[here], wanted[here])
         return class_loss + self.config.value_loss_weight * value_loss, class_loss, value_loss
 

@@ -1,6 +1,7 @@
 """The randomness of causal sampling, kept apart from the model: who an individual is, whatever the context."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,25 @@ from tether.errors import CheckpointError, ConfigError, ShapeError
 
 __all__ = ["Noise", "truncate"]
 
-SMALLEST = 2.0**-25
-"""Uniform numbers are kept this far from 0 and 1, where the Cauchy quantile is infinite."""
+SMALLEST = 2.0**-24
+"""Uniform numbers are kept this far from 0 and 1, where the Cauchy quantile is infinite; float32 names no
+number nearer to 1."""
+
+
+def check_share(density: float) -> None:
+    """Check what `truncate` takes as a share of the peak.
+
+    Args:
+        density: the share.
+
+    Raises:
+        ConfigError: it is outside [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ConfigError(
+            f"truncation={density}: expected a share of the peak density in [0, 1]; 0 keeps every cause, 1 only "
+            "the most likely"
+        )
 
 
 def truncate(noise: Float[Tensor, "*batch"], density: float) -> Float[Tensor, "*batch"]:
@@ -37,19 +55,19 @@ def truncate(noise: Float[Tensor, "*batch"], density: float) -> Float[Tensor, "*
         ConfigError: `density` outside [0, 1].
 
     Reference: spec document 5, section 3.2 (likelihood truncation).
-    """
-    if not 0 <= density <= 1:
-        raise ConfigError(
-            f"truncation={density}: expected a share of the peak density in [0, 1]; 0 keeps every cause, 1 only "
-            "the most likely"
-        )
+
+    Example:
+        >>> truncate(torch.tensor([1e-6, 0.5, 1 - 1e-6]), 0.5)  # tan(pi (1/4 - 1/2)) = -1, at half the peak
+        tensor([0.2500, 0.5000, 0.7500])
+    """  # noqa: DOC502 - raised by check_share
+    check_share(density)
     if density == 0:
         return noise
-    half = torch.atan(torch.tensor(density, dtype=torch.float64).reciprocal().sub(1).sqrt()) / torch.pi
-    return 0.5 + (noise - 0.5) * (2 * float(half))
+    half = math.atan(math.sqrt(1 / density - 1)) / math.pi
+    return 0.5 + (noise - 0.5) * (2 * half)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Noise:
     """Uniform noise for a batch of individuals, addressed by position in the text.
 
@@ -66,7 +84,7 @@ class Noise:
 
     Raises:
         ConfigError: negative seeds, or known noise outside the open interval (0, 1).
-        ShapeError: shapes that do not fit together.
+        ShapeError: shapes that do not fit together, or seeds that are no whole numbers.
 
     Example:
         >>> noise = Noise.draw(2, 3, seed=1)
@@ -81,17 +99,22 @@ class Noise:
     known: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds.dim() != 1 or self.size < 1:
+        if self.seeds.dim() != 1 or self.seeds.dtype != torch.int64 or self.size < 1:
             raise ShapeError(
-                f"seeds {tuple(self.seeds.shape)}, size={self.size}: expected shape (B,), size >= 1"
+                f"seeds {tuple(self.seeds.shape)} of {self.seeds.dtype}, size={self.size}: expected shape (B,) of "
+                "torch.int64, size >= 1"
             )
         if len(self.seeds) and int(self.seeds.min()) < 0:
             raise ConfigError(f"a seed of {int(self.seeds.min())}: expected seeds >= 0")
         if self.known is None:
             return
-        expected = (len(self.seeds), 1 if self.shared else self.known.shape[1], self.size)
-        if self.known.shape != expected:
-            raise ShapeError(f"known noise of shape {tuple(self.known.shape)}: expected {expected}")
+        given = tuple(self.known.shape)
+        places = 1 if self.shared or len(given) < 2 else max(given[1], 1)
+        if given != (len(self.seeds), places, self.size) or not self.known.is_floating_point():
+            raise ShapeError(
+                f"known noise of shape {given}, {self.known.dtype}: expected (B, P, C) = "
+                f"{(len(self.seeds), places, self.size)}, floating point"
+            )
         if not bool(((self.known > 0) & (self.known < 1)).all()):
             raise ConfigError("known noise outside the open interval (0, 1): expected uniform numbers")
 
@@ -116,7 +139,14 @@ class Noise:
 
         Returns:
             The noise.
+
+        Raises:
+            ConfigError: no individual, or a seed that is negative or does not fit into 63 bits.
         """
+        if batch < 1 or (seed is not None and not 0 <= seed <= 2**63 - 1 - batch):
+            raise ConfigError(
+                f"batch={batch}, seed={seed}: expected at least one individual, and a seed from 0 to below 2^63"
+            )
         if seed is not None:
             seeds = torch.arange(seed, seed + batch, dtype=torch.int64)
         else:
@@ -135,10 +165,14 @@ class Noise:
             The noise.
 
         Raises:
-            ShapeError: another number of dimensions.
-        """
-        if values.dim() not in {1, 2, 3}:
-            raise ShapeError(f"noise of shape {tuple(values.shape)}: expected (C,), (B, C) or (B, P, C)")
+            ConfigError: numbers outside the open interval (0, 1).
+            ShapeError: not a tensor of one to three dimensions.
+        """  # noqa: DOC502 - ConfigError is raised by __post_init__
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(values, Tensor) or values.dim() not in {1, 2, 3}:
+            raise ShapeError(
+                f"noise of shape {shape}: expected a tensor of shape (C,), (B, C) or (B, P, C), or a Noise"
+            )
         shared = values.dim() < 3
         known = values.reshape(-1, 1, values.shape[-1]) if shared else values
         return cls(seeds=torch.arange(len(known)), size=values.shape[-1], shared=shared, known=known)
@@ -154,9 +188,16 @@ class Noise:
 
         Returns:
             Their noise.
+
+        Raises:
+            ShapeError: there is no such individual.
         """
         index = torch.as_tensor(index, dtype=torch.int64)
-        known = None if self.known is None else self.known[index]
+        if index.dim() != 1 or bool((index.abs() >= len(self) + (index < 0).long()).any()):
+            raise ShapeError(
+                f"rows {index.tolist()} of {len(self)} individuals: expected a list of indices below {len(self)}"
+            )
+        known = None if self.known is None else self.known[index.to(self.known.device)]
         return replace(self, seeds=self.seeds[index], known=known)
 
     def at(self, positions: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time size"]:
@@ -169,7 +210,8 @@ class Noise:
                 padding does not matter.
 
         Returns:
-            Uniform numbers in (0, 1), shape (B, T, C), float32, on the device of `positions`.
+            Uniform numbers in (0, 1), shape (B, T, C), on the device of `positions`; float32, or float64
+            where known noise is: abducted noise near 1 does not survive float32.
 
         Raises:
             ShapeError: another number of individuals.
@@ -180,21 +222,22 @@ class Noise:
                 "draw them with Noise.draw(batch, size), or pick them with noise.rows"
             )
         places = (torch.zeros_like(positions) if self.shared else positions.clamp(min=0)).cpu()
-        known = 0 if self.known is None else self.known.shape[1]
+        given = None if self.known is None else self.known.detach().cpu()
+        dtype = torch.float64 if given is not None and given.dtype == torch.float64 else torch.float32
+        known = 0 if given is None else given.shape[1]
         drawn = torch.zeros(*positions.shape, self.size)
-        if positions.shape[1] and int(places.max()) >= known:
+        if places.numel() and int(places.max()) >= known:
             for row, (seed, wanted) in enumerate(zip(self.seeds.tolist(), places, strict=True)):
                 first, last = int(wanted.min()), int(wanted.max())
                 block = torch.from_numpy(self._block(seed, first, last + 1 - first))
                 drawn[row] = block[wanted - first]
-        if self.known is not None and positions.shape[1]:
-            given = (
-                self.known.float()
-                .cpu()
-                .gather(1, places.clamp(max=known - 1).unsqueeze(-1).expand(-1, -1, self.size))
-            )
-            drawn = torch.where((places < known).unsqueeze(-1), given, drawn)
-        return drawn.clamp(SMALLEST, 1 - SMALLEST).to(positions.device)
+        drawn = drawn.clamp(SMALLEST, 1 - SMALLEST).to(dtype)
+        if given is not None:
+            index = places.clamp(max=known - 1).unsqueeze(-1).expand(-1, -1, self.size)
+            # What half precision rounds to an end is moved back; float64 is taken as it is.
+            kept = given if dtype == torch.float64 else given.float().clamp(SMALLEST, 1 - SMALLEST)
+            drawn = torch.where((places < known).unsqueeze(-1), kept.gather(1, index), drawn)
+        return drawn.to(positions.device)
 
     def _block(self, seed: int, first: int, count: int) -> np.ndarray:
         # A step of Philox's counter yields four numbers, so a position takes a whole number of steps.
@@ -212,7 +255,9 @@ class Noise:
 
         from tether.store.publish import publish_file
 
-        tensors = {"seeds": self.seeds} | ({} if self.known is None else {"known": self.known.contiguous()})
+        tensors = {"seeds": self.seeds.contiguous()}
+        if self.known is not None:
+            tensors["known"] = self.known.detach().contiguous()
         about = {"kind": "noise", "size": str(self.size), "shared": json.dumps(self.shared)}
         with publish_file(Path(path)) as target:
             save_file(tensors, target, metadata=about)

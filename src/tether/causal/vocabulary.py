@@ -48,12 +48,9 @@ def add_numbers(model: Any, tokenizer: Any) -> NumericTokenizer:
             f"<NUM> would be token {number} of a model with {rows} rows: expected a tokenizer of this model"
         )
     if number == rows:
-        digits = [
-            token
-            for digit in range(10)
-            if (token := numeric.tokenizer.convert_tokens_to_ids(str(digit))) is not None
-        ]
-        _grow(model, torch.tensor([token for token in digits if 0 <= token < rows]))
+        names = numeric.get_vocab()
+        digits = [names[digit] for digit in "0123456789" if digit in names]
+        _grow(model, torch.tensor([token for token in digits if token < rows], dtype=torch.long))
     model.config.num_token_id = number
     return numeric
 
@@ -75,10 +72,17 @@ def _grow(model: Any, digits: Tensor) -> None:
         bias[:-1] = action.bias
     bias[-1] = ASLEEP
     action.bias = nn.Parameter(bias)
-    for name in ("threshold", "class_noise"):
+    added = {"threshold": action.threshold.mean()}
+    if len(action.class_noise) > 1:
+        # The new class gets the size of scale_S that the others have.
+        own = action.weight.float().abs().sum(-1) * model.config.latent_scale
+        size = (own[:-1] + action.class_noise).median()
+        added["class_noise"] = (size - own[-1]).clamp(min=0)
+    for name, value in added.items():
         values = getattr(action, name)
         if len(values) > 1:
-            setattr(action, name, nn.Parameter(torch.cat([values, values.mean().reshape(1)])))
+            more = torch.cat([values.detach(), value.reshape(1)])
+            setattr(action, name, nn.Parameter(more, requires_grad=values.requires_grad))
     model.config.class_bias = True
     model.config.get_text_config(decoder=True).vocab_size = model.vocab_size = count
 
@@ -95,17 +99,20 @@ def wake_numbers(model: Any, latent_loc: Tensor, share: float) -> None:
         share: share of its tokens that are `<NUM>`, in (0, 1).
 
     Raises:
-        ConfigError: the share is not in (0, 1).
+        ConfigError: the share is not in (0, 1), or the model has no numbers.
     """
     if not 0 < share < 1:
         raise ConfigError(f"share={share}: expected the share of numbers among the tokens, in (0, 1)")
     action, number = model.action, model.config.num_token_id
+    if number is None:
+        raise ConfigError("a model without <NUM>: call model.add_numbers(tokenizer) first")
     if action.bias is None or action.bias[number] > ASLEEP / 2:
         return
+    # Without the bias, beside which nothing of the score would be left in half precision.
+    own = latent_loc.float() @ action.weight[number].float()
     scores = action.score_loc(latent_loc).float()
-    rest = torch.log_softmax(scores, dim=-1)
-    own = rest[:, number] - action.bias[number].float()
-    # mean over positions of the softmax probability, increasing in the bias: bisected.
+    scores[:, number] = -torch.inf
+    own = (own - scores.logsumexp(dim=-1)).double()
     low, high = -200.0, 200.0
     for _ in range(60):
         middle = (low + high) / 2

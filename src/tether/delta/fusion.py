@@ -81,7 +81,7 @@ def fuse(
     config.fusion = _describe(deltas, chart, gated)
     with torch.device("meta"):
         fused = CausalQwenForCausalLM(config)
-    for name in ("backbone", "abduction", "action"):
+    for name in ("backbone", "numeric", "abduction", "action"):
         setattr(fused, name, getattr(model, name))
     head = model.abduction.loc
     fused.fusion = _stack(list(deltas), Fusion(head.in_features, head.out_features, config.fusion)).to(
