@@ -126,19 +126,26 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         return int(self.abduction.loc.out_features)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, trail: Trail | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        trail: Trail | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Slice the numbers as the ids are sliced.
 
         Args:
             input_ids: texts so far, shape (B, L).
+            inputs_embeds: embeddings of the prompts instead of ids; the stock loop looks for this name.
             trail: their numbers.
             kwargs: as in transformers.
 
         Returns:
             Keyword arguments of `forward`.
         """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         inputs["logits_to_keep"] = 1
         if trail is not None:
             values = trail.follow(input_ids)

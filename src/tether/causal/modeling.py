@@ -1,23 +1,22 @@
 """CausalQwenForCausalLM: a backbone that infers a cause U at every token and acts from it."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from tether.cauchy.functional import from_noise
 from tether.causal.config import MODES, PRESETS, CausalQwenConfig
+from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.fused import Fusion
 from tether.causal.generation import CausalGeneration, text_positions
 from tether.causal.layers import Abduction, Action, NumericEmbedding
-from tether.causal.losses import IGNORE, gated_cauchy_nll, ovr_log_prob, ovr_loss, softmax_loss
 from tether.causal.noise import Noise, truncate
-from tether.causal.normaliser import log_normaliser
 from tether.causal.numbers import NumericTokenizer
+from tether.causal.objective import CausalObjective
+from tether.causal.output import CausalOutput
 from tether.causal.placeholder import check_numeric
 from tether.causal.vocabulary import add_numbers
 from tether.errors import ConfigError
@@ -25,43 +24,7 @@ from tether.errors import ConfigError
 __all__ = ["CausalOutput", "CausalQwenForCausalLM"]
 
 
-@dataclass
-class CausalOutput(ModelOutput):  # type: ignore[misc]
-    """What one forward pass gives.
-
-    Attributes:
-        loss: mean loss in nats, when labels were given: softmax cross-entropy in mode `softmax`,
-            one-vs-rest in mode `deterministic`.
-        logits: loc_S in mode `softmax`, log P(S_k > C) in mode `deterministic`; shape (B, T, V).
-        past_key_values: the backbone's cache.
-        latent_loc: loc of U after fusion, shape (B, T, C), float32.
-        latent_log_scale: log scale of U after fusion, shape (B, T, C), float32.
-        value_loc: median of Y, shape (B, T), float32, in the units of `config.value_transform`.
-        value_scale: scale of Y, shape (B, T), float32, same units.
-        gates: weight factor of each fused domain, shape (N, B, T), or None.
-        gate_state: what the gates remember for the next call, or None.
-        hidden_states: the backbone's, when asked for.
-        attentions: the backbone's, when asked for.
-    """
-
-    loss: Tensor | None = None
-    class_loss: Tensor | None = None
-    value_loss: Tensor | None = None
-    logits: Tensor | None = None
-    value: Tensor | None = None
-    latent: Tensor | None = None
-    past_key_values: Any = None
-    latent_loc: Tensor | None = None
-    latent_log_scale: Tensor | None = None
-    value_loc: Tensor | None = None
-    value_scale: Tensor | None = None
-    gates: Tensor | None = None
-    gate_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Numbers -> backbone -> abduction -> (fused deltas) -> action.
 
     The forward pass costs the backbone plus two H x C products a token beside the output head; each fused
@@ -341,91 +304,15 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
 
     def _logits(self, mode: str, loc: Tensor, scale: Tensor, latent: Tensor | None) -> Tensor:
         if mode == "deterministic":
-            return self.action.log_prob(loc, scale)
+            logits: Tensor = self.action.log_prob(loc, scale)
+            return logits
+        scores: Tensor = self.action.score_loc(loc if latent is None else latent)
         if latent is None:
-            return self.action.score_loc(loc)
-        scores = self.action.score_loc(latent)
+            return scores
         # A threshold that all classes share does not change who wins.
-        return scores - self.action.threshold if self.config.threshold_form == "class" else scores
-
-    def _losses(
-        self,
-        mode: str,
-        loc: Tensor,
-        scale: Tensor,
-        logits: Tensor | None,
-        labels: Tensor,
-        values: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        targets = labels[:, 1:].reshape(-1)
-        loc, scale = (tensor[:, :-1].flatten(0, 1) for tensor in (loc, scale))
-        action = self.action
-        if mode == "softmax":
-            scores = action.score_loc(loc) if logits is None else logits[:, :-1].flatten(0, 1)
-            class_loss = softmax_loss(scores, targets)
-        else:
-            scored = targets != IGNORE
-            loc, scale, targets = loc[scored], scale[scored], targets[scored]
-            class_loss = self._ovr(loc, scale, targets)
-        number = self.config.num_token_id
-        if values is not None and (number is None or values.shape != labels.shape):
-            self._check_numbers(labels, values)
-        if number is None:
-            return class_loss, class_loss, None
-        here = targets == number
-        if values is None:
-            if bool(here.any()):
-                raise ConfigError(
-                    "labels with <NUM> but no numeric_values: expected the numbers they stand for"
-                )
-            return class_loss, class_loss, None
-        wanted = values[:, 1:].reshape(-1).to(loc.device)
-        if mode != "softmax":
-            wanted = wanted[scored]
-        self._check_numbers(targets[here], wanted[here])
-        value_loss = self._value_loss(mode, loc[here], scale[here], wanted[here])
-        return class_loss + self.config.value_loss_weight * value_loss, class_loss, value_loss
-
-    def _threshold(self, loc: Tensor) -> Tensor:
-        threshold: Tensor = self.action.threshold
-        if self.config.threshold_form == "context":
-            return threshold + log_normaliser(loc, self.action.weight, self.action.bias)
-        return threshold if self.config.threshold_form == "class" else threshold.squeeze()
-
-    def _ovr(self, loc: Tensor, scale: Tensor, targets: Tensor) -> Tensor:
-        return ovr_loss(
-            loc,
-            scale,
-            self.action.weight,
-            targets,
-            threshold=self._threshold(loc),
-            class_noise=self.action.noise_scale
-            if len(self.action.class_noise) > 1
-            else self.action.noise_scale.squeeze(),
-            bias=self.action.bias,
-            impl=self.config.ovr_impl,
-        )
-
-    def _value_loss(self, mode: str, loc: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-        action, number = self.action, self.config.num_token_id
-        if mode == "softmax":
-            prob = torch.softmax(action.score_loc(loc).float(), dim=-1)[:, number]
-        else:
-            row = action.weight[number].float()
-            score = loc @ row + (0.0 if action.bias is None else action.bias[number].float())
-            level = self._threshold(loc)
-            noise = action.noise_scale[number if len(action.class_noise) > 1 else 0]
-            level = level[number] if self.config.threshold_form == "class" else level.reshape(-1)
-            prob = ovr_log_prob(score, scale @ row.abs() + noise, level).exp()
-        value_loc, value_scale = action.values(loc, scale)
-        return gated_cauchy_nll(
-            value_loc,
-            value_scale,
-            action.transform(values),
-            torch.ones_like(value_loc, dtype=torch.bool),
-            prob,
-            self.config.gate_alpha,
-        )
+        if self.config.threshold_form == "class":
+            scores = scores - self.action.threshold
+        return scores
 
     def add_numbers(self, tokenizer: Any) -> "NumericTokenizer":
         """Let the model read and write numbers; does nothing to a model that already does.
@@ -439,6 +326,19 @@ class CausalQwenForCausalLM(CausalGeneration, PreTrainedModel, GenerationMixin):
             The tokenizer that makes `input_ids` and `numeric_values`.
         """
         return add_numbers(self, tokenizer)
+
+    def abduct(self, input_ids: Tensor, context: int, **options: Any) -> Abducted:
+        """Draw the noise of the individuals who write, after a context, what was observed.
+
+        Args:
+            input_ids: context and what was written after it, shape (L,) or (1, L).
+            context: tokens of the context, in [1, L).
+            options: see `tether.causal.counterfactual.abduct`.
+
+        Returns:
+            The individuals, with diagnostics; `tether.causal.counterfactual.replay` lets them write again.
+        """
+        return abduct(self, input_ids, context, **options)
 
 
 def _head(config: CausalQwenConfig) -> tuple[Abduction, Action]:

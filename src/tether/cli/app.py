@@ -27,6 +27,7 @@ app.command()(domains.fuse)
 app.command()(domains.certify)
 app.command()(domains.verify)
 app.command()(causal.generate)
+app.command()(causal.counterfactual)
 
 
 def _show_version(asked: bool) -> None:

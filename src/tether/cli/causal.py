@@ -1,4 +1,4 @@
-"""Commands on the model itself: convert, generate."""
+"""Commands on the model itself: convert, generate, counterfactual."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from tether.cli.output import emit, quiet_libraries
 
-__all__ = ["convert", "generate"]
+__all__ = ["convert", "counterfactual", "generate"]
 
 
 def convert(
@@ -117,3 +117,100 @@ def generate(
     typer.echo(
         prompt + tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     )
+
+
+def counterfactual(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, alias, path or hub id.")],
+    factual: Annotated[str, typer.Option(help="The context in which something was written.")],
+    intervene: Annotated[str, typer.Option(help="The changed context.")],
+    observed: Annotated[
+        str | None, typer.Option(help="What was written after it; left out, the model's own greedy text.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Individuals to abduct.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 8,
+    shared_noise: Annotated[
+        bool, typer.Option("--shared-noise", help="One noise for the whole text instead of one a token.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Ask what the individuals who wrote this would have written in another context."""
+    quiet_libraries()
+    import torch
+
+    from tether.causal.counterfactual import replay
+    from tether.causal.loading import load
+    from tether.causal.numbers import NumericTokenizer
+    from tether.errors import ConfigError
+
+    for name, text in (("--factual", factual), ("--intervene", intervene), ("--observed", observed)):
+        if text is not None and not text.strip():
+            raise ConfigError(f"{name} is empty: expected at least one token of text")
+    writer, plain = load(model)
+    numeric = NumericTokenizer(plain) if writer.config.num_token_id is not None else None
+
+    def encode(text: str, special: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoded = (numeric or plain)(text, return_tensors="pt", add_special_tokens=special)
+        return encoded["input_ids"], encoded.get("numeric_values")
+
+    def decode(ids: torch.Tensor, values: torch.Tensor | None) -> str:
+        if numeric is None:
+            return str(plain.decode(ids, skip_special_tokens=True))
+        return numeric.decode(ids, values, skip_special_tokens=True, precision=6)
+
+    context, context_values = encode(factual)
+    if observed is None:
+        written = writer.generate(
+            context,
+            attention_mask=torch.ones_like(context),
+            numeric_values=context_values,
+            mode="deterministic",
+            max_new_tokens=new_tokens,
+            return_dict_in_generate=True,
+        )
+        ids, values = written["sequences"], written.get("numeric_values")
+    else:
+        more, more_values = encode(observed, special=False)
+        ids = torch.cat([context, more], dim=1)
+        values = None
+        if context_values is not None and more_values is not None:
+            values = torch.cat([context_values, more_values], dim=1)
+    start = context.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    abducted = writer.abduct(
+        ids, start, numeric_values=values, shared=shared_noise, samples=samples, generator=generator
+    )
+    again = replay(writer, abducted, context, numeric_values=context_values, seed=seed)
+    same = (again["sequences"][:, start:] == ids[0, start:]).all(-1).float().mean()
+    changed, changed_values = encode(intervene)
+    what_if = replay(
+        writer, abducted, changed, numeric_values=changed_values, new_tokens=new_tokens, seed=seed
+    )
+    begin = changed.shape[1]
+    rows = what_if["sequences"][:, begin:]
+    numbers = what_if.get("numeric_values")
+    texts = [
+        decode(row, None if numbers is None else numbers[index, begin:]) for index, row in enumerate(rows)
+    ]
+    posterior = abducted.posterior
+    worth = float(posterior.effective_sample_size.min())
+    result = {
+        "observed": decode(ids[0, start:], None if values is None else values[0, start:]),
+        "replayed": float(same),
+        "effective_sample_size": {
+            "min": worth,
+            "median": float(posterior.effective_sample_size.median()),
+        },
+        "acceptance": float(posterior.acceptance.mean()),
+        "texts": texts,
+    }
+    counted = sorted(((texts.count(text), text) for text in set(texts)), reverse=True)
+    said = [
+        f"observed after {factual!r}: {result['observed']!r}",
+        f"replayed without intervention: {float(same):.0%} of {samples} individuals "
+        f"(effective sample size {worth:.1f} at least, acceptance "
+        f"{float(posterior.acceptance.mean()):.0%})",
+        f"after {intervene!r}:",
+        *(f"  {count:4d}x {text!r}" for count, text in counted),
+    ]
+    emit(result, as_json, "\n".join(said))
