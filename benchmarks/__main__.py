@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import causal, delta
+from benchmarks import causal, delta, presets
 from tether.store.manifest import versions
 from tether.store.publish import write_json
 
-BENCHMARKS = {"causal": causal.rows, "delta": delta.rows}
+BENCHMARKS = {"causal": causal.rows, "delta": delta.rows, "presets": presets.rows}
 
 
 def main() -> None:

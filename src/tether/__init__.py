@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tether.causal.config import CausalQwenConfig
     from tether.causal.loading import load, load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
+    from tether.causal.noise import Noise
+    from tether.causal.numbers import NumericTokenizer
     from tether.delta.certificate import Certificate, certify, verify
     from tether.delta.delta import Delta
     from tether.delta.fusion import fuse, save_checkpoint
@@ -25,6 +27,8 @@ _NAMES = {
     "CausalQwenForCausalLM": "tether.causal.modeling",
     "Certificate": "tether.delta.certificate",
     "Delta": "tether.delta.delta",
+    "Noise": "tether.causal.noise",
+    "NumericTokenizer": "tether.causal.numbers",
     "certify": "tether.delta.certificate",
     "fuse": "tether.delta.fusion",
     "learn_delta": "tether.delta.learning",
@@ -40,6 +44,8 @@ __all__ = [
     "CausalQwenForCausalLM",
     "Certificate",
     "Delta",
+    "Noise",
+    "NumericTokenizer",
     "__version__",
     "cauchy",
     "certify",

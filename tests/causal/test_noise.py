@@ -9,8 +9,8 @@ import scipy.stats
 import torch
 from torch.testing import assert_close
 
-from tether.causal.noise import Noise, truncate
 from tether.cauchy.functional import from_noise, log_prob
+from tether.causal.noise import Noise, truncate
 from tether.errors import CheckpointError, ConfigError, ShapeError
 
 

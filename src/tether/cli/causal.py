@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,17 +82,30 @@ def convert(
 def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, alias, path or hub id.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    mode: Annotated[str, typer.Option(help="softmax (logits) or deterministic (one-vs-rest).")] = "softmax",
+    mode: Annotated[
+        str,
+        typer.Option(help="softmax (logits), deterministic (one-vs-rest) or causal (an individual acts)."),
+    ] = "softmax",
     new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; softmax mode only.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, or of the individual.")] = 0,
+    shared_noise: Annotated[
+        bool, typer.Option("--shared-noise", help="One noise for the whole text; causal mode only.")
+    ] = False,
+    truncation: Annotated[
+        float, typer.Option(help="Least density of U, as a share of its peak; causal mode only.")
+    ] = 0.0,
+    noise: Annotated[
+        Path | None, typer.Option(help="File of the individual: read, or else written; causal mode only.")
+    ] = None,
 ) -> None:
-    """Write text."""
+    """Write text; numbers too, where the model has them."""
     quiet_libraries()
     import torch
 
     from tether.causal.config import MODES
     from tether.causal.loading import load
+    from tether.causal.noise import Noise, check_share
     from tether.errors import ConfigError
 
     if mode not in MODES:
@@ -101,22 +114,51 @@ def generate(
         raise ConfigError("the prompt is empty: expected at least one token of text")
     if temperature and mode != "softmax":
         raise ConfigError(
-            f"temperature={temperature} with mode {mode}: only softmax mode samples; leave it out"
+            f"temperature={temperature} with mode {mode}: only softmax mode takes one; leave it out"
+        )
+    if mode != "causal" and (shared_noise or truncation or noise is not None):
+        raise ConfigError(
+            f"--shared-noise, --truncation or --noise with mode {mode}: only causal mode samples an individual; "
+            "leave them out, or take --mode causal"
+        )
+    check_share(truncation)
+    individual = Noise.load(noise) if noise is not None and noise.exists() else None
+    if individual is not None and shared_noise and not individual.shared:
+        raise ConfigError(
+            f"--shared-noise with {noise}: the individual in it has a noise for each position; leave it out, or "
+            "name a new file"
         )
     writer, tokenizer = load(model)
-    encoded = tokenizer(prompt, return_tensors="pt")
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    )
+    numeric = None if writer.config.num_token_id is None else writer.add_numbers(tokenizer)
+    encoded = (numeric or tokenizer)(prompt, return_tensors="pt")
+    options: dict[str, Any] = {"do_sample": bool(temperature)}
+    if temperature:
+        options |= {"temperature": temperature, "top_k": 0}
+    if mode == "causal":
+        fresh = individual is None
+        individual = individual or Noise.draw(1, writer.latent_size, seed=seed, shared=shared_noise)
+        options |= {"noise": individual, "truncation": truncation}
     with torch.random.fork_rng():
         # transformers' sampler takes no generator; the global state is set here and restored after.
         torch.random.manual_seed(seed)
         output = writer.generate(
-            **encoded, mode=mode, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+            **encoded,
+            mode=mode,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            **options,
         )
-    typer.echo(
-        prompt + tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    )
+    if individual is not None and noise is not None and fresh:
+        individual.save(noise)
+    start = encoded["input_ids"].shape[1]
+    ids = output["sequences"][0, start:]
+    if numeric is None:
+        written = tokenizer.decode(ids, skip_special_tokens=True)
+    else:
+        values = output["numeric_values"][0, start:]
+        written = numeric.decode(ids, values, skip_special_tokens=True, precision=6)
+    typer.echo(prompt + written)
 
 
 def counterfactual(

@@ -1,0 +1,91 @@
+"""The state of a training on disk: weights, optimizer and progress, published whole."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import CheckpointError
+from tether.runs.record import write_record
+from tether.store.reader import CheckpointReader
+from tether.store.writer import publish_folder, write_safetensors
+
+__all__ = ["load_state", "save_state"]
+
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save_state(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+) -> None:
+    """Write what a training needs to go on; an earlier state is replaced.
+
+    Args:
+        folder: where to; appears whole or not at all.
+        parameters: the trained parameters by name.
+        optimizer: an optimizer over them that keeps tensors only, such as AdamW.
+        state: progress as JSON; NaN is kept.
+    """
+    moments = {
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    with publish_folder(folder, replace=True) as target:
+        write_safetensors(target / _WEIGHTS, dict(parameters))
+        write_safetensors(target / _OPTIMIZER, moments)
+        write_record(target / _STATE, dict(state))
+
+
+@torch.no_grad()
+def load_state(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put a saved state back, bit by bit.
+
+    Args:
+        folder: what `save_state` wrote.
+        parameters: the trained parameters by name; changed in place.
+        optimizer: the optimizer over them; its state is replaced.
+
+    Returns:
+        The progress.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds other parameters.
+    """
+    weights, moments = CheckpointReader(folder / _WEIGHTS), CheckpointReader(folder / _OPTIMIZER)
+    there = {name: weights.shape(name) for name in weights.names}
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if there != here:
+        differing = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+        raise CheckpointError(
+            f"{folder} holds other parameters than are trained: {', '.join(differing)} differ. Resume with the model "
+            "and options of that training, or choose another folder."
+        )
+    try:
+        state: dict[str, Any] = json.loads((folder / _STATE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / _STATE} cannot be read ({error}); choose another folder to train anew"
+        ) from error
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key in moments.names:
+        name, _, kind = key.rpartition(".")
+        saved.setdefault(name, {})[kind] = moments.tensor(key)
+    optimizer.state.clear()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights.tensor(name))
+        if name in saved:
+            # Scalars, which count steps, stay on the CPU, as torch has them.
+            optimizer.state[parameter] = {
+                kind: value.to(parameter.device) if value.dim() else value
+                for kind, value in saved[name].items()
+            }
+    return state

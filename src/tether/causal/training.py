@@ -1,0 +1,302 @@
+"""The loop: windows -> shares of a step's loss -> AdamW, on one process or several, resumed where it stopped."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tether.causal.dataset import Document, Examples, count_labels, make_examples, shuffled
+from tether.causal.evaluation import evaluate
+from tether.causal.loading import weights_fingerprint
+from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.numbers import NumericTokenizer
+from tether.causal.resume import load_state, save_state
+from tether.causal.trainable import (
+    Objective,
+    TrainOptions,
+    half_backbone,
+    parameter_groups,
+    select,
+)
+from tether.causal.vocabulary import wake_numbers
+from tether.errors import ConfigError
+from tether.runs import Run
+from tether.store.manifest import Manifest, write_manifest
+from tether.store.publish import clean_stale, publish_folder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+__all__ = ["TrainOptions", "check_processes", "train"]
+
+_STATE, _MODEL = "state", "model"
+_PROBE = 256
+"""Positions that an added `<NUM>` is woken on."""
+
+
+def train(
+    model: CausalQwenForCausalLM,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    *,
+    options: TrainOptions,
+    folder: str | Path,
+    held_out: Sequence[Document] | None = None,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train a model, or go on with a training that was stopped.
+
+    The folder becomes a run folder: `run.json` (options and hashes), `metrics.jsonl` (a line a step; after a
+    line `resumed: k` the lines of steps beyond k before it no longer count), `state` (to go on from), and at
+    the end `model`, which `tether.load` and `AutoModelForCausalLM` read. All randomness is a function of seed
+    and step, so a resumed training takes the same steps as one that was never stopped. Under `torchrun` or
+    `accelerate launch` every process calls this; the loss of a step is a sum over the labels of all of them,
+    divided by their number, whatever their split.
+
+    Args:
+        model: not fused, its trained weights of float32 or wider; changed in place. To resume, the same
+            model as at the start.
+        tokenizer: its tokenizer; the numeric one is made of a plain one where the model has numbers.
+        documents: what to learn.
+        options: see `TrainOptions`.
+        folder: new or empty, or that of a training with the same model, text and options.
+        held_out: text to evaluate on before and after, or None.
+        on_step: called in the main process after each step with step, steps, loss, class_loss, value_loss,
+            lr, gradient_norm; it may raise to stop.
+
+    Returns:
+        path of the model, steps, windows, tokens (labels of all steps), parameters (trained), curve (the
+        loss of every step), before and after (of `evaluate`, or None), fingerprint; the same on every process,
+        but for `before` and `after`, which the main process has.
+
+    Raises:
+        ConfigError: accelerate is missing; model, tokenizer, text or options do not fit; the folder is of
+            another run; or the batch cannot be split evenly.
+        CheckpointError: the saved state is damaged.
+    """  # noqa: DOC502 - raised by what it calls
+    accelerator = _accelerator()
+    check_processes(options, accelerator.num_processes)
+    if model.config.num_token_id is not None:
+        tokenizer = model.add_numbers(tokenizer)
+    elif isinstance(tokenizer, NumericTokenizer):
+        raise ConfigError(
+            "a numeric tokenizer for a model without <NUM>: call model.add_numbers(tokenizer) first"
+        )
+    examples = make_examples(documents, tokenizer, window=options.window, packed=options.packed)
+    folder = Path(folder).absolute()
+    config = {
+        "base": weights_fingerprint(model),
+        "text": examples.fingerprint(),
+        "held_out": make_examples(held_out, tokenizer).fingerprint() if held_out else None,
+        "options": {key: value for key, value in asdict(options).items() if key != "save_every"},
+    }
+    trained = select(model, options)
+    with ExitStack() as stack:
+        run = stack.enter_context(Run(folder, config)) if accelerator.is_main_process else None
+        if run:
+            clean_stale(folder)
+        before = _evaluate(run, "before", model, tokenizer, held_out)
+        accelerator.wait_for_everyone()
+        loop = _Loop(accelerator, model, examples, options, trained, folder, run)
+        curve = loop.run(on_step)
+        model.config.base_fingerprint = weights_fingerprint(model)
+        if run:
+            _publish(model, tokenizer, folder / _MODEL, config)
+        after = _evaluate(run, "after", model, tokenizer, held_out)
+        accelerator.wait_for_everyone()
+    return {
+        "path": str(folder / _MODEL),
+        "steps": len(curve),
+        "windows": examples.windows,
+        "tokens": loop.tokens,
+        "parameters": sum(parameter.numel() for parameter in trained.values()),
+        "curve": curve,
+        "before": before,
+        "after": after,
+        "fingerprint": model.config.base_fingerprint,
+    }
+
+
+def check_processes(options: TrainOptions, processes: int) -> None:
+    """Refuse a batch that cannot be split evenly, before any work.
+
+    Args:
+        options: see `TrainOptions`.
+        processes: how many there are.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if options.batch % (options.accumulate * processes):
+        raise ConfigError(
+            f"batch={options.batch} over {processes} processes with accumulate={options.accumulate}: expected a "
+            f"multiple of {options.accumulate * processes}"
+        )
+
+
+class _Loop:
+    """The steps of a training, from the first or from a saved one."""
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        model: CausalQwenForCausalLM,
+        examples: Examples,
+        options: TrainOptions,
+        trained: dict[str, nn.Parameter],
+        folder: Path,
+        run: Run | None,
+    ) -> None:
+        self.accelerator, self.model, self.examples = accelerator, model, examples
+        self.options, self.trained, self.folder, self.record = options, trained, folder / _STATE, run
+        self.steps = options.total(examples.windows)
+        self.tokens = 0
+        resumed = self.folder.is_dir()
+        model.to(accelerator.device)
+        if not resumed:
+            _wake(model, examples)
+        # Rates of thresholds follow their size at the start, which a resumed training has here too.
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, trained, options))
+        self.curve: list[float] = []
+        if resumed:
+            self.curve = load_state(self.folder, trained, self.optimizer)["curve"]
+            if run:
+                run.log({"resumed": len(self.curve)})
+        self.objective = accelerator.prepare(Objective(model, options))
+
+    def run(self, on_step: Callable[[dict[str, float]], None] | None) -> list[float]:
+        """Take all steps that are left; the model is in evaluation mode afterwards.
+
+        Returns:
+            The loss of every step of the training.
+        """
+        model, options = self.model, self.options
+        model.train()
+        if options.part == "head":
+            # Dropout in a frozen part would only add noise.
+            model.backbone.eval()
+        device = self.accelerator.device.type
+        try:
+            with torch.random.fork_rng(), half_backbone(model, device, options.mixed_precision):
+                for step in range(self.steps):
+                    self._advance(step, on_step)
+        finally:
+            model.eval()
+        return self.curve
+
+    def _advance(self, step: int, on_step: Callable[[dict[str, float]], None] | None) -> None:
+        options, record = self.options, self.record
+        rows = shuffled(self.examples.windows, options.seed, step * options.batch, (step + 1) * options.batch)
+        counts = self._counts(rows)
+        self.tokens += counts[0]
+        if step < len(self.curve):
+            return
+        figures = self._step(step, rows, counts)
+        self.curve.append(figures["loss"])
+        done = step + 1
+        if record:
+            record.log(figures)
+        if record and (done % options.save_every == 0 or done == self.steps):
+            save_state(self.folder, self.trained, self.optimizer, {"step": done, "curve": self.curve})
+        if record and on_step is not None:
+            on_step(figures)
+
+    def _counts(self, rows: list[int]) -> tuple[int, int]:
+        starts = self.examples.starts.tolist()
+        labels = torch.cat([self.examples.labels[starts[row] : starts[row + 1]] for row in rows])
+        return count_labels(labels, self.model.config.num_token_id)
+
+    def _step(self, step: int, rows: list[int], counts: tuple[int, int]) -> dict[str, float]:
+        options, accelerator = self.options, self.accelerator
+        rate = options.rate(step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        self.optimizer.zero_grad()
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        size = options.batch // (options.accumulate * processes)
+        found = torch.zeros(2, device=accelerator.device)
+        for part in range(options.accumulate):
+            first = (part * processes + rank) * size
+            batch = self.examples.collate(rows[first : first + size])
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            _seed(options.seed, step, part, rank)
+            last = part == options.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                loss, parts = self.objective(batch, *counts)
+                # Gradients are averaged over the processes, where the shares of a loss add up.
+                accelerator.backward(loss * processes)
+            found = found + parts
+        norm = accelerator.clip_grad_norm_(self.trained.values(), options.clip)
+        self.optimizer.step()
+        class_loss, value_loss = accelerator.reduce(found, "sum").tolist()
+        return {
+            "step": step + 1,
+            "steps": self.steps,
+            "loss": class_loss + self.model.config.value_loss_weight * value_loss,
+            "class_loss": class_loss,
+            "value_loss": value_loss,
+            "lr": options.lr * rate,
+            "gradient_norm": float(norm),
+        }
+
+
+def _accelerator() -> "Accelerator":
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("training needs the package accelerate; install it with pip install accelerate")
+    from accelerate import Accelerator
+
+    return Accelerator(
+        mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=_handlers()
+    )
+
+
+def _handlers() -> list[Any]:
+    from accelerate import DistributedDataParallelKwargs
+
+    # A loss need not reach all that is trained: a text without numbers says nothing about values.
+    return [DistributedDataParallelKwargs(find_unused_parameters=True)]
+
+
+def _seed(*place: int) -> None:
+    # Dropout and the sampled loss draw from the global state, which fork_rng restores in the end.
+    digest = hashlib.sha256(repr(place).encode()).digest()
+    torch.random.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@torch.no_grad()
+def _wake(model: CausalQwenForCausalLM, examples: Examples) -> None:
+    labels, numbers = count_labels(examples.labels, model.config.num_token_id)
+    if not 0 < numbers < labels:
+        return
+    found: list[Tensor] = []
+    for row in range(examples.windows):
+        batch = examples.collate([row])
+        predicts = batch["labels"][0, 1:] >= 0
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        loc = model(**inputs, use_cache=False, return_logits=False).latent_loc[0, :-1]
+        found.append(loc[predicts.to(loc.device)])
+        if sum(map(len, found)) >= _PROBE:
+            break
+    wake_numbers(model, torch.cat(found)[:_PROBE], numbers / labels)
+
+
+def _evaluate(
+    run: Run | None, name: str, model: CausalQwenForCausalLM, tokenizer: Any, text: Sequence[Document] | None
+) -> dict[str, Any] | None:
+    if run is None or not text:
+        return None
+    return run.stage(name, lambda: ([], evaluate(model, tokenizer, text)))
+
+
+def _publish(model: CausalQwenForCausalLM, tokenizer: Any, folder: Path, config: dict[str, Any]) -> None:
+    with publish_folder(folder, replace=True) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        write_manifest(target, Manifest(kind="checkpoint", recipe={"training": config}))
+    model.name_or_path = str(folder)
