@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 import tiny
-from tether.causal.generation import Trail
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.streaming import NumericStreamer
+from tether.causal.trail import Trail
 from tether.causal.transforms import signed_log
 from tether.errors import ConfigError, ShapeError
 
@@ -165,6 +165,13 @@ def test_deterministic_logits_are_the_tails_and_never_stale(form, generator):
         model.action.class_noise += 0.25
         check()
         model.action.weight = torch.nn.Parameter(model.action.weight * 0.5)
+        check()
+        # Another weight at the address of the one before, as memory that was freed gives it.
+        memory = model.action.weight.detach().clone()
+        model.action.weight = torch.nn.Parameter(memory)
+        check()
+        memory.numpy()[:] *= 1.25
+        model.action.weight = torch.nn.Parameter(memory)
         check()
         copied = copy.deepcopy(model)
         copied.action.weight *= 2.0

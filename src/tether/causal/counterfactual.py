@@ -104,7 +104,7 @@ def abduct(
             "values": action.transform(values[0, context:]),
             "value_mask": seen,
             "value_weight": action.value_weight.detach(),
-            "value_bias": float(action.value_bias),
+            "value_bias": action.value_bias.item(),
         }
     posterior = sample_posterior(
         output.latent_loc[0, steps],

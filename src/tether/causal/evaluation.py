@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tether.cauchy.functional import log_cdf
-from tether.causal.dataset import Document, make_examples
+from tether.causal.dataset import make_examples
 from tether.causal.losses import IGNORE, gated_cauchy_nll, ovr_log_prob
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.pairs import Document
 
 __all__ = ["calibration_error", "evaluate"]
 

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 from tether.causal.config import MODES
 from tether.causal.noise import Noise, check_share
 from tether.causal.streaming import NumericStreamer
+from tether.causal.trail import Trail
 from tether.errors import ConfigError, ShapeError
 
 __all__ = ["CausalGeneration", "Trail", "text_positions"]
@@ -34,81 +35,6 @@ def text_positions(
     if attention_mask is not None and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
     return torch.arange(past, past + shape[1], device=device).expand(shape)
-
-
-class Trail:
-    """The numbers of the texts being written: those of the prompt, and each `<NUM>`'s as it is chosen.
-
-    A step predicts the next token and the value it would have; which token it was is known one step later.
-
-    Args:
-        prompt: numbers of the prompts, shape (B, L).
-        num_token_id: id of `<NUM>`.
-        listener: gets the predicted values of each step, shape (B,), before its token is chosen; or None.
-
-    Attributes:
-        values: numbers so far, shape (B, L), float64.
-        pending: what the last step predicts as the next value, shape (B,), or None.
-    """
-
-    def __init__(self, prompt: Tensor, num_token_id: int, listener: list[Tensor] | None = None) -> None:
-        self.prompt = self.values = prompt.double()
-        self.num_token_id, self.listener = num_token_id, listener
-        self.pending: Tensor | None = None
-
-    def expect(self, value: Tensor) -> None:
-        """Keep what a step predicts.
-
-        Args:
-            value: the next value of each text, should its token be `<NUM>`, shape (B,).
-        """
-        self.pending = value.double()
-        if self.listener is not None:
-            self.listener.append(self.pending)
-
-    def follow(self, input_ids: Tensor) -> Tensor:
-        """Take in the token chosen since the last call.
-
-        Args:
-            input_ids: texts so far, shape (B, L) or (B, L + 1); several times as many rows as prompts where
-                each prompt goes on in several ways.
-
-        Returns:
-            The numbers of these texts, of the same shape.
-
-        Raises:
-            ConfigError: several tokens were added at once.
-        """
-        new = input_ids.shape[1] - self.values.shape[1]
-        if len(input_ids) != len(self.values):
-            self.values = self.values.repeat_interleave(len(input_ids) // len(self.values), dim=0)
-        if new == 0:
-            return self.values
-        if new != 1 or self.pending is None:
-            raise ConfigError(
-                f"{new} tokens came at once: numbers are written one token at a time; generate without an "
-                "assistant and without prompt lookup"
-            )
-        is_number = input_ids[:, -1:] == self.num_token_id
-        chosen = torch.where(is_number, self.pending.unsqueeze(-1), 0.0)
-        self.values = torch.cat([self.values, chosen.to(self.values.device)], dim=-1)
-        return self.values
-
-    def finish(self, sequences: Tensor, beams: int) -> Tensor:
-        """Give the numbers of the finished texts.
-
-        Args:
-            sequences: shape (B, L + new).
-            beams: more than 1 where texts were reordered; these hold no new numbers.
-
-        Returns:
-            Their numbers, of the same shape.
-        """
-        if beams == 1:
-            return self.follow(sequences)
-        values = torch.zeros(sequences.shape, dtype=torch.float64, device=sequences.device)
-        values[:, : self.prompt.shape[1]] = self.prompt.repeat_interleave(len(values) // len(self.prompt), 0)
-        return values
 
 
 def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Any]:
@@ -231,10 +157,9 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         if ids is not None and numeric_values is not None:
             self._check_numbers(ids, numeric_values)
         if ids is not None and mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
-            mask, ids, numeric_values, places = _to_the_left(
-                mask, ids, numeric_values, kwargs.get("position_ids")
-            )
-            kwargs |= {"attention_mask": mask} | ({} if places is None else {"position_ids": places})
+            moved = _to_the_left(mask, ids, numeric_values, kwargs.get("position_ids"))
+            kwargs["attention_mask"], ids, numeric_values, places = moved
+            kwargs |= {} if places is None else {"position_ids": places}
         if mode == "causal":
             first = ids if ids is not None else kwargs.get("inputs_embeds")
             batch = 1 if first is None else len(first)
@@ -245,9 +170,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 kwargs = {name: _repeated(value, batch, returns) for name, value in kwargs.items()}
                 ids, numeric_values = (_repeated(value, batch, returns) for value in (ids, numeric_values))
                 kwargs["num_return_sequences"] = 1
-        trail = self._trail(ids, kwargs, numeric_values)
-        if trail is not None:
-            kwargs["trail"] = trail
+        kwargs["trail"] = trail = self._trail(ids, kwargs, numeric_values)
         result = super().generate(ids, generation_config, *args, **kwargs)
         if trail is not None and not isinstance(result, Tensor):
             result["numeric_values"] = trail.finish(result["sequences"], beams)
@@ -279,8 +202,8 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         number = self.config.num_token_id
         if mode == "causal":
             raise ConfigError(
-                f"num_beams={beams} with mode='causal': beams would mix the texts of one individual; generate "
-                "with num_beams=1, or in another mode"
+                f"num_beams={beams} with mode='causal': an individual writes one text; generate with num_beams=1, "
+                "or in another mode"
             )
         if number is not None and number not in suppressed:
             raise ConfigError(

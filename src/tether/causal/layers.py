@@ -138,22 +138,18 @@ class Action(nn.Module):
         self.bias = nn.Parameter(torch.empty(vocab_size)) if class_bias else None
         self.value_weight = nn.Parameter(torch.empty(1, latent_size))
         self.value_bias = nn.Parameter(torch.empty(1))
-        per_class = threshold_form == "class"
-        self.threshold = nn.Parameter(torch.empty(vocab_size if per_class else 1, dtype=torch.float32))
-        filled = noise_form == "fill"
-        self.class_noise = nn.Parameter(torch.empty(vocab_size if filled else 1, dtype=torch.float32))
-        self.noise_start = class_noise
-        self.threshold_start = threshold
+        levels = vocab_size if threshold_form == "class" else 1
+        self.threshold = nn.Parameter(torch.empty(levels, dtype=torch.float32))
+        noises = vocab_size if noise_form == "fill" else 1
+        self.class_noise = nn.Parameter(torch.empty(noises, dtype=torch.float32))
+        self.noise_start, self.threshold_start = class_noise, threshold
         self.threshold_form = threshold_form
         self.value_transform = value_transform
         self._steady: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def reset_action(self) -> None:
-        """Start all but the class weight: no bias, the given threshold, a small value head centred on 0.
-
-        The value head is the same on every run (Xavier, fixed seed).
-        """
+        """Start all but the class weight: no bias, the given threshold, the same small value head every time."""
         generator = torch.Generator(device=self.value_weight.device).manual_seed(0)
         nn.init.xavier_uniform_(self.value_weight, generator=generator)
         nn.init.zeros_(self.value_bias)
@@ -215,16 +211,15 @@ class Action(nn.Module):
         row = latent_scale.reshape(-1, latent_scale.shape[-1])[:1]
         if learnt or not len(row) or not bool((latent_scale == row).all()):
             return loc, nn.functional.linear(latent_scale, weight.abs()) + self.noise_scale
-        shape = (*[1] * (latent_scale.dim() - 1), -1)
-        return loc, self._steady_scale(row).reshape(shape) + self.noise_scale
+        steady = self._steady_scale(row).reshape(*[1] * (latent_scale.dim() - 1), -1)
+        return loc, steady + self.noise_scale
 
     def _steady_scale(self, row: Tensor) -> Tensor:
         weight, kept = self.weight, self._steady
-        # Tensors of inference mode carry no version that tells when they change.
+        # Inference tensors carry no version. The weight is kept too: another could come to lie at its address.
         version = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
         if kept is None or kept[0] is not weight or kept[1] != version or not torch.equal(kept[2], row):
             kept = (weight, version, row.clone(), nn.functional.linear(row, weight.float().abs()))
-            # The weight itself is kept too: another one could come to lie at the same address.
             self._steady = None if weight.is_inference() else kept
         return kept[3]
 

@@ -151,7 +151,7 @@ class Observation:
         Raises:
             ConfigError: parts that belong together or exclude each other, numbers out of range.
             ShapeError: a shape or a dtype that does not fit.
-        """
+        """  # noqa: DOC502 - raised by what it calls
         self._check_shapes()
         if self.tokens is not None and self.fired is not None:
             raise ConfigError("tokens and fired are both given: expected one; the argmax, or what fired")

@@ -104,7 +104,7 @@ def sample_posterior(
         ... )
         >>> bool((from_noise(draws.noise, *law) > 0).all())
         True
-    """
+    """  # noqa: DOC502 - raised by what it calls
     for name, number, least in (
         ("samples", samples, 1),
         ("burn_in", burn_in, 0),

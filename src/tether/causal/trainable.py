@@ -72,7 +72,8 @@ class TrainOptions:
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}")
         counts = ("steps", "epochs", "batch", "accumulate", "save_every")
-        if low := [f"{field}={getattr(self, field)}" for field in counts if (getattr(self, field) or 1) < 1]:
+        given = {field: getattr(self, field) for field in counts}
+        if low := [f"{field}={count}" for field, count in given.items() if count is not None and count < 1]:
             raise ConfigError(f"{', '.join(low)}: expected at least 1")
         sizes = (self.lr, self.clip, self.weight_decay)
         if not (
@@ -144,9 +145,9 @@ def select(model: CausalQwenForCausalLM, options: TrainOptions) -> dict[str, nn.
             "a model with fused deltas, which are bound to the weights they were learnt on: train the base, then "
             "learn deltas on it"
         )
-    action: Any = model.action
-    if options.untie and action.weight is model.get_input_embeddings().weight:
-        action.weight = nn.Parameter(action.weight.detach().clone())
+    tied = model.action.weight is model.get_input_embeddings().weight
+    if options.untie and tied:
+        model.action.weight = nn.Parameter(model.action.weight.detach().clone())
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     backbone = {id(parameter) for parameter in model.backbone.parameters()}

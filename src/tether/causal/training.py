@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tether.causal.dataset import Document, Examples, count_labels, make_examples, shuffled
+from tether.causal.dataset import Examples, count_labels, make_examples, shuffled
 from tether.causal.evaluation import evaluate
 from tether.causal.loading import weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
+from tether.causal.pairs import Document
 from tether.causal.resume import load_state, save_state
 from tether.causal.trainable import (
     Objective,
@@ -31,7 +32,7 @@ from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import clean_stale, publish_folder
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator
 
 __all__ = ["TrainOptions", "check_processes", "train"]
 
@@ -101,6 +102,10 @@ def train(
         run = stack.enter_context(Run(folder, config)) if accelerator.is_main_process else None
         if run:
             clean_stale(folder)
+        accelerator.wait_for_everyone()
+        model.to(accelerator.device)
+        if not (folder / _STATE).is_dir():
+            _wake(model, examples)
         before = _evaluate(run, "before", model, tokenizer, held_out)
         accelerator.wait_for_everyone()
         loop = _Loop(accelerator, model, examples, options, trained, folder, run)
@@ -157,14 +162,10 @@ class _Loop:
         self.options, self.trained, self.folder, self.record = options, trained, folder / _STATE, run
         self.steps = options.total(examples.windows)
         self.tokens = 0
-        resumed = self.folder.is_dir()
-        model.to(accelerator.device)
-        if not resumed:
-            _wake(model, examples)
         # Rates of thresholds follow their size at the start, which a resumed training has here too.
         self.optimizer = torch.optim.AdamW(parameter_groups(model, trained, options))
         self.curve: list[float] = []
-        if resumed:
+        if self.folder.is_dir():
             self.curve = load_state(self.folder, trained, self.optimizer)["curve"]
             if run:
                 run.log({"resumed": len(self.curve)})
@@ -249,18 +250,12 @@ class _Loop:
 def _accelerator() -> "Accelerator":
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs the package accelerate; install it with pip install accelerate")
-    from accelerate import Accelerator
-
-    return Accelerator(
-        mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=_handlers()
-    )
-
-
-def _handlers() -> list[Any]:
-    from accelerate import DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # A loss need not reach all that is trained: a text without numbers says nothing about values.
-    return [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=handlers)
 
 
 def _seed(*place: int) -> None:

@@ -111,7 +111,6 @@ def wake_numbers(model: Any, latent_loc: Tensor, share: float) -> None:
     # Without the bias, beside which nothing of the score would be left in half precision.
     own = latent_loc.float() @ action.weight[number].float()
     scores = action.score_loc(latent_loc).float()
-    scores[:, number] = -torch.inf
     own = (own - scores.logsumexp(dim=-1)).double()
     low, high = -200.0, 200.0
     for _ in range(60):

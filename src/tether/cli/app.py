@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tether._version import __version__
-from tether.cli import causal, domains
+from tether.cli import causal, domains, training
 from tether.errors import TetherError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,8 @@ app.command()(domains.certify)
 app.command()(domains.verify)
 app.command()(causal.generate)
 app.command()(causal.counterfactual)
+app.command()(training.train)
+app.command()(training.evaluate)
 
 
 def _show_version(asked: bool) -> None:

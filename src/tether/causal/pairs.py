@@ -1,0 +1,80 @@
+"""Prompts with the completions that are learnt: JSON lines on disk."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from tether.errors import ConfigError
+
+__all__ = ["Document", "Pair", "holds_pairs", "read_pairs"]
+
+
+class Pair(NamedTuple):
+    """A text of which only the end is learnt."""
+
+    prompt: str
+    completion: str
+
+
+Document = str | Pair
+"""A text, all of it learnt, or a prompt with the completion that is learnt."""
+
+
+def holds_pairs(path: str | Path) -> bool:
+    """Tell whether a file has prompts and completions: JSON lines of which the first has a field `prompt`.
+
+    Args:
+        path: any path.
+
+    Returns:
+        False too where the file is missing or no JSON.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and "prompt" in row and "text" not in row
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read JSON lines with the fields `prompt` and `completion`.
+
+    Args:
+        path: a `.jsonl` file.
+
+    Returns:
+        The pairs, none with an empty completion.
+
+    Raises:
+        ConfigError: the file is missing or not UTF-8, a line is not such JSON, or nothing is in it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected JSON lines in UTF-8 that can be read ({error})") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            pair = Pair("" + row["prompt"], "" + row["completion"])  # a number is no text
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f'{path}, line {number}: expected a JSON object with texts "prompt" and "completion", as in the '
+                f"first line; got {line[:60]!r}"
+            ) from error
+        if not pair.completion.strip():
+            raise ConfigError(
+                f"{path}, line {number}: the completion is empty; nothing is to be learnt from it"
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise ConfigError(f"{path}: the file holds no text; expected at least one row")
+    return pairs
