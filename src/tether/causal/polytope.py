@@ -271,19 +271,27 @@ def feasible_start(
         slack, classes = part.worst(part.scores(latent))
         floor = part.margin * latent.norm(dim=-1)
         normal = part.normals(classes).view(-1, each, t.shape[-1])
+        whole = normal.norm(dim=-1)
         fixed = basis[active]
         normal = normal - (normal @ fixed.mT) @ fixed
+        length = normal.norm(dim=-1)
+        held = slack.view(-1, each) > 2 * floor.view(-1, each)
+        stuck = length <= 1e-12 * whole  # no move along the hyperplanes changes this slack
         # The depth aimed at: a fraction of the unit of the noise, and clear of the rounding of the scores.
-        length = normal.norm(dim=-1).clamp(min=1e-300)
-        depth = torch.maximum(0.5 ** (step / 20) * 0.1 * length, 4 * floor.view(-1, each))
-        needed = (depth - slack.view(-1, each)) / length
+        depth = torch.maximum(0.1 * 0.5 ** (step / 20) * length, 4 * floor.view(-1, each))
+        needed = (depth - slack.view(-1, each)) / length.masked_fill(stuck, 1.0)
+        needed = needed.masked_fill(stuck & held, -torch.inf).masked_fill(stuck & ~held, torch.inf)
         row = needed.argmax(-1, keepdim=True)
-        done = (slack > 2 * floor).view(-1, each).all(-1)
+        done = held.all(-1)
         iterations[active[done]] = step
         failed[active] = torch.where(done, -1, active * each + row.squeeze(-1))
-        pull = (needed / length).gather(-1, row).masked_fill(done.unsqueeze(-1), 0.0)
-        if bool(done.all()) or step == limit:
+        more = ~(done | (stuck & ~held).any(-1))
+        if step == limit or not bool(more.any()):
             break
-        t[active] += pull * normal.gather(1, row.unsqueeze(-1).expand(-1, 1, t.shape[-1])).squeeze(1)
-        active = active[~done]
+        pull = (
+            (needed / length).gather(-1, row)
+            * normal.gather(1, row.unsqueeze(-1).expand(-1, 1, t.shape[-1])).squeeze(1)
+        )[more]
+        active = active[more]
+        t[active] += pull
     return Start(t, iterations, failed)

@@ -200,7 +200,7 @@ def _worth(draws: Tensor) -> Tensor:
     covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * count, dim=0)[:count]
     still = covariance[0] <= torch.finfo(draws.dtype).eps * draws.square().sum(0)
     correlation = covariance / covariance[0].masked_fill(still, 1.0)
-    pairs = correlation[: count // 2 * 2].reshape(count // 2, 2, -1).sum(1)
+    pairs = correlation[: count // 2 * 2].unflatten(0, (count // 2, 2)).sum(1)
     pairs = pairs.cummin(0).values.clamp(min=0) if len(pairs) else pairs
     worth = count / (2 * pairs.sum(0) - 1).clamp(min=1.0)
     return torch.where(still, torch.ones_like(worth), worth)
