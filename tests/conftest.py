@@ -8,6 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Tensors here are small: a second thread waits more than it works, and on a busy machine costs minutes.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def forked_seed():

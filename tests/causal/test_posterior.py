@@ -308,6 +308,23 @@ def test_far_tails_are_reached_and_replayed(generator):
     assert float(post.noise[:, 1, 0].max()) < 1e-7
 
 
+def test_candidates_learn_during_the_burn_in_only(monkeypatch):
+    """A chain whose proposals depend on its own past would follow another law."""
+    learnt = []
+    learn = gibbs.Chain._learn
+    monkeypatch.setattr(gibbs.Chain, "_learn", lambda chain, *broken: learnt.append(learn(chain, *broken)))
+    loc, scale, weight, _ = make(1, 4, 3, 6)
+    tokens = (loc @ weight.T).argmax(-1)
+    for burn_in in (0, 50):
+        source = torch.Generator().manual_seed(0)
+        post = sample_posterior(
+            loc, scale, weight, tokens=tokens, samples=50, burn_in=burn_in, candidates=2, generator=source
+        )
+        assert float(post.acceptance.min()) < 1
+        assert bool(learnt) == (burn_in > 0)
+        assert len(learnt) <= burn_in
+
+
 def test_same_generator_same_draws():
     loc, scale, weight, _ = make(10, 3, 4, 9)
     tokens = (loc @ weight.T).argmax(-1)

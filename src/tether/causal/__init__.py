@@ -7,7 +7,11 @@ from importlib import import_module
 from types import ModuleType
 
 __all__ = [  # noqa: F822 - resolved below
+    "calibration",
     "config",
+    "counterfactual",
+    "dataset",
+    "evaluation",
     "fused",
     "gates",
     "generation",
@@ -18,6 +22,7 @@ __all__ = [  # noqa: F822 - resolved below
     "noise",
     "numbers",
     "posterior",
+    "training",
 ]
 
 
