@@ -1,8 +1,11 @@
 """Cost of acting: the one-vs-rest loss, and generation in each mode against the base's own greedy loop."""
 
+import itertools
 import statistics
 import time
 from typing import Any
+
+import torch
 
 from benchmarks import ovr
 from tether.causal.loading import load, load_backbone
@@ -24,7 +27,13 @@ def rows(*, fast: bool) -> list[Row]:
     Returns:
         Rows of case, metric, ours, baseline, ratio, runs.
     """
-    return [*ovr.run(fast), *_generation(*((24, 2) if fast else (64, 5)))]
+    # One thread: CPU seconds then count work, not the waiting of threads for each other on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [*ovr.run(fast), *_generation(*((24, 2) if fast else (64, 8)))]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _generation(new: int, repeats: int) -> list[Row]:
@@ -42,16 +51,17 @@ def _generation(new: int, repeats: int) -> list[Row]:
     for write in writers.values():
         write()
     spent: dict[str, list[float]] = {name: [] for name in writers}
-    # Interleaved, so that a busy neighbour slows all alike.
-    for _ in range(repeats):
-        for name, write in writers.items():
+    # Interleaved in turning order, so that a busy neighbour slows all alike.
+    orders = itertools.cycle(itertools.permutations(writers))
+    for order in itertools.islice(orders, 0, 7 * repeats, 7):
+        for name in order:
             started = time.process_time()
-            write()
+            writers[name]()
             spent[name].append(new / (time.process_time() - started))
     reference = statistics.median(spent["base"])
     return [
         {
-            "case": f"generate {new} tokens with cache, mode {name}; baseline: the base's greedy loop",
+            "case": f"generate {new} tokens with cache, mode {name}, one thread; baseline: the base's greedy loop",
             "metric": "tokens per CPU second",
             "ours": statistics.median(values),
             "baseline": reference,

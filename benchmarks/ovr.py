@@ -92,16 +92,12 @@ def _times(bench: _Bench, tokens: int, repeats: int) -> list[Row]:
         "sampled, step": lambda: (bench.ovr("sampled"), bench.step())[-1],
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    # One thread: CPU seconds then count work, not the waiting of threads for each other on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for measured in range(repeats + 1):  # the first run warms up
         for name, work in works.items():
             started = time.process_time()
             work()
             if measured:
                 seconds[name].append(time.process_time() - started)
-    torch.set_num_threads(threads)
     speed = {name: [tokens / value for value in values] for name, values in seconds.items()}
     classes, latent = bench.weight.shape
     head = f"{tokens} tokens, {classes} classes, width {latent}, forward and backward, one thread"
