@@ -8,11 +8,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import causal, delta, presets
+from benchmarks import causal, delta, lm_eval_check, numbers, presets, recipes
 from tether.store.manifest import versions
 from tether.store.publish import write_json
 
-BENCHMARKS = {"causal": causal.rows, "delta": delta.rows, "presets": presets.rows}
+BENCHMARKS = {
+    "causal": causal.rows,
+    "delta": delta.rows,
+    "lm-eval": lm_eval_check.rows,
+    "numbers": numbers.rows,
+    "presets": presets.rows,
+    "recipes": recipes.rows,
+}
 
 
 def main() -> None:
