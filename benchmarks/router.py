@@ -1,0 +1,128 @@
+"""Shaping routers: what it does to small trainings, against none and balancing, and what reading costs costs."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from benchmarks.router_tasks import ARMS, Arm, Outcome, byte_texts, language, regression
+from tether.router import RoutingShaper
+from tether.stats import standard_error
+
+__all__ = ["rows"]
+
+Row = dict[str, Any]
+METRICS = ("loss", "eff_k", "effective_experts", "nrmi", "itjd", "max_violation", "dead")
+STARVED = {
+    "none": Arm("none"),
+    "Switch": Arm("switch", lam=0.01),
+    "KL-uniform": Arm("prior", "uniform", lam=0.05),
+    "direction 2": Arm("tax", lam=0.05),
+    "prior by cost": Arm("prior", lam=0.05),
+}
+
+
+def rows(*, fast: bool) -> list[Row]:
+    """Train every arm from the same seeds; differences to no shaping are paired, with their standard errors.
+
+    Args:
+        fast: two seeds and a third of the steps: shows that all runs, not what comes out.
+
+    Returns:
+        Rows of case, metric, ours, baseline, ratio, runs, and where arms are compared difference and error.
+    """
+    found = _overhead(fast)
+    seeds, share = (2, 3) if fast else (8, 1)
+    found += _compare(
+        "regression",
+        regression,
+        {k: v for k, v in ARMS.items() if k != "goodness"},
+        seeds,
+        steps=1200 // share,
+    )
+    found += _compare(
+        "starved regression", regression, STARVED, 2 if fast else 5, starved=True, steps=800 // share
+    )
+    texts = byte_texts(40_000 if fast else 400_000)
+    found += _compare(
+        "bytes", lambda arm, seed, **options: language(arm, seed, texts, **options),
+        {k: v for k, v in ARMS.items() if k != "goodness"}, 2 if fast else 5, steps=300 // share,
+    )  # fmt: skip
+    # What is claimed of goodness is that it does what its control does.
+    pair = {name: ARMS[name] for name in ("goodness, g=0", "goodness")}
+    found += _compare("regression, goodness", regression, pair, 2 if fast else 5, steps=600 // share)
+    return found
+
+
+def _compare(
+    task: str, train: Callable[..., Outcome], arms: dict[str, Arm], seeds: int, **options: Any
+) -> list[Row]:
+    """Run arms from seeds that no choice was made on; the first arm is the baseline."""
+    outcomes = {
+        name: [train(arm, 100 + seed, **options) for seed in range(seeds)] for name, arm in arms.items()
+    }
+    baseline = next(iter(arms))
+    found = []
+    for name, arm in arms.items():
+        for metric in METRICS:
+            mine, other = (_values(outcomes[key], metric) for key in (name, baseline))
+            differences = [a - b for a, b in zip(mine, other, strict=True)]
+            mean, against = statistics.mean(mine), statistics.mean(other)
+            found.append({
+                "case": f"{task}: {name} (lam {arm.lam:g}); baseline: {baseline}",
+                "metric": metric, "ours": mean, "baseline": against, "ratio": mean / against if against else None,
+                "difference": statistics.mean(differences), "error": float(standard_error(differences)),
+                "runs": seeds,
+            })  # fmt: skip
+    return found
+
+
+def _values(outcomes: list[Outcome], metric: str) -> list[float]:
+    return [o.loss if metric == "loss" else float(o.metrics[metric]) for o in outcomes]
+
+
+def _overhead(fast: bool) -> list[Row]:
+    """Reading costs, and all of shaping at every=10, against a step of training the same model."""
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=1024, moe_intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, num_experts=24, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    model = Qwen3MoeForCausalLM(config)
+    size = sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(256, (4, 256), generator=torch.Generator().manual_seed(0))
+    steps, readings, terms = [], [], []
+    with RoutingShaper(model, optimizer, every=1_000_000) as shaper:
+        for number in range(4 if fast else 8):
+            started = time.process_time()
+            loss = model(input_ids=ids, labels=ids).loss
+            middle = time.process_time()
+            term = shaper.loss()
+            after = time.process_time()
+            optimizer.zero_grad()
+            (loss + term).backward()
+            optimizer.step()
+            ended = time.process_time()
+            shaper.costs()
+            if number:  # the first step allocates the optimizer's state
+                terms.append(after - middle)
+                steps.append(ended - started - terms[-1])
+                readings.append(time.process_time() - ended)
+    reading, step, term = (statistics.median(values) for values in (readings, steps, terms))
+    case = f"{size / 1e6:.0f}M expert parameters, 1,024 tokens; baseline: forward, backward and AdamW"
+    return [
+        {
+            "case": f"{what}; {case}", "metric": "CPU seconds a step", "ours": ours, "baseline": step,
+            "ratio": ours / step, "runs": len(steps),
+        }
+        for what, ours in (
+            ("one reading of the costs", reading),
+            ("readings at every=10", reading / 10),
+            ("readings at every=10 and the term", reading / 10 + term),
+        )
+    ]  # fmt: skip

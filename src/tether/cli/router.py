@@ -1,0 +1,148 @@
+"""The command on routers: among domain deltas, or among the experts of an upcycled mixture."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tether.cli.output import emit, quiet_libraries
+from tether.cli.progress import reporter
+from tether.errors import ConfigError
+
+__all__ = ["route"]
+
+
+def route(
+    model: Annotated[str, typer.Argument(help="The base: of the deltas, or the dense checkpoint's folder.")],
+    parts: Annotated[
+        list[str], typer.Argument(help="Delta files; with --moe, folders of fine-tunes of the base.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the routed checkpoint; must be new or empty.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Each part's domain text, in the order of the parts.")
+    ] = None,
+    base_text: Annotated[
+        Path | None, typer.Option(help="General text on which the drift is held; not with --moe.")
+    ] = None,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="Make a mixture of experts of fine-tunes instead.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="Mean drift on base text, softmax nats a token.")] = 0.01,
+    form: Annotated[
+        str, typer.Option(help="With --moe: how routers are shaped (tax, prior, switch, ...).")
+    ] = "tax",
+    steps: Annotated[int, typer.Option(min=1, help="With --moe: steps of training the routers.")] = 200,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text to use at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Route instead of add: per-token weights over deltas, or over experts, learnt from text."""
+    quiet_libraries()
+    from tether.delta.fusion import check_free
+    from tether.delta.windows import read_documents
+
+    check_free(out)
+    texts = text or []
+    if len(texts) != len(parts) and not (moe and not texts):
+        raise ConfigError(
+            f"{len(parts)} parts and {len(texts)} texts: expected --text once for each part, in their order"
+        )
+    if not moe and base_text is None:
+        raise ConfigError("no --base-text: expected general text on which the drift is held to the budget")
+    for path in (*texts, *([base_text] if base_text else [])):
+        read_documents(path)
+    if moe:
+        _mixture(model, parts, texts, out, form, steps, tokens, as_json)
+    elif base_text is not None:
+        _deltas(model, parts, texts, base_text, out, budget, tokens, as_json)
+
+
+def _deltas(
+    model: str, parts: list[str], texts: list[Path], base_text: Path, out: Path, budget: float,
+    tokens: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    import tempfile
+
+    from tether.causal.loading import load
+    from tether.delta.cache import cached
+    from tether.delta.delta import Delta
+    from tether.delta.fusion import save_checkpoint
+    from tether.delta.windows import read_documents, window_text
+    from tether.router.deltas import DeltaRouterFit, route_deltas
+
+    fit = DeltaRouterFit(budget=budget)
+    limit = tokens or fit.tokens
+    deltas = [Delta.load(path) for path in parts]
+    layers = tuple(sorted({layer for delta in deltas for layer in delta.layers}))
+    general = read_documents(base_text)
+    if len(general) < 2:
+        raise ConfigError(
+            f"{base_text}: {len(general)} document; expected at least 2, some to learn on and some for the budget"
+        )
+    cut = max(1, round(0.6 * len(general)))
+    pieces = [*(read_documents(path) for path in texts), general[:cut], general[cut:]]
+    base, tokenizer = load(model)
+    windows = [window_text(piece, tokenizer, tokens=limit) for piece in pieces]
+    with reporter() as report, tempfile.TemporaryDirectory(prefix="tether-") as folder:
+        names = [*(delta.name for delta in deltas), "base text", "held-out base text"]
+        caches = [
+            cached(base, part, Path(folder), layers=layers, on_step=report(f"reading {name}"))
+            for name, part in zip(names, windows, strict=True)
+        ]
+        domains = dict(zip(names, caches[: len(deltas)], strict=False))
+        fitted, held_out = caches[-2:]
+        routed = route_deltas(base, deltas, domains, fitted, held_out, fit, report("learning to route"))
+    inputs = {delta.name: delta.path for delta in deltas if delta.path is not None}
+    save_checkpoint(routed, tokenizer, out, inputs=inputs)
+    record: dict[str, Any] = routed.config.fusion["router"]["record"]
+    shares = "\n".join(
+        f"  on {name}: " + ", ".join(f"{d.name} {s:.2f}" for d, s in zip(deltas, row, strict=True))
+        for name, row in record["shares"].items()
+    )
+    result = {"path": str(out), **{key: value for key, value in record.items() if key != "curve"}}
+    emit(
+        result,
+        as_json,
+        f"{out}: drift on held-out base text {record['drift_base']:.4f} of {budget} nats; mean shares\n{shares}",
+    )
+
+
+def _mixture(
+    model: str, parts: list[str], texts: list[Path], out: Path, form: str, steps: int, tokens: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tether.causal.loading import resolve
+    from tether.delta.windows import read_documents, window_text
+    from tether.router.mixture import upcycle
+    from tether.router.options import FORMS
+    from tether.router.training import RouterFit, train_routers
+    from tether.store.publish import publish_folder
+
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    base = resolve(model)
+    with reporter() as report:
+        upcycle(base, parts, out, on_step=report("copying experts"))
+        result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
+        said = f"{out}: a mixture of {len(parts) + 1} experts"
+        if texts:
+            tokenizer = AutoTokenizer.from_pretrained(out)
+            mixture = AutoModelForCausalLM.from_pretrained(out)
+            windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
+            record = train_routers(
+                mixture, windows, RouterFit(form=form, steps=steps), on_step=report("teaching routers")
+            )
+            manifest = (out / "tether.json").read_bytes()
+            with publish_folder(out, replace=True) as folder:
+                mixture.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                (folder / "tether.json").write_bytes(manifest)
+            result |= {key: record[key] for key in ("before", "after")}
+            before, after = record["before"], record["after"]
+            said += "".join(
+                f"\n  {path.stem}: NLL {a:.3f} -> {b:.3f}"
+                for path, a, b in zip(texts, before["losses"], after["losses"], strict=True)
+            )
+            said += f"\n  dead experts a layer: {before['mean']['dead']:.1f} -> {after['mean']['dead']:.1f}"
+    emit(result, as_json, said)

@@ -1,0 +1,100 @@
+"""A run's routing on disk and on paper: reports as CSV or JSON lines, and a figure of load and tasks."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tether.errors import ConfigError
+
+__all__ = ["RouteJournal", "routing_png"]
+
+COLUMNS = (
+    "step", "layer", "eff_k", "effective_experts", "max_violation", "dead", "rmi", "nrmi", "itjd", "drift", "tokens",
+)  # fmt: skip
+
+
+class RouteJournal:
+    """Appends reports to a file, one line a layer and one of the mean.
+
+    Args:
+        path: `.csv`, with the numbers, or `.jsonl`, with loads and gates too.
+
+    Raises:
+        ConfigError: another suffix, or a CSV file with other columns.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in {".csv", ".jsonl"}:
+            raise ConfigError(f"{path}: expected a name that ends in .csv or .jsonl")
+        if self.path.suffix == ".csv" and self.path.is_file():
+            first = self.path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+            if first != ",".join(COLUMNS):
+                raise ConfigError(f"{path}: columns {first!r}, expected {','.join(COLUMNS)}; name a new file")
+
+    def append(self, step: int, report: dict[str, Any]) -> None:
+        """Write one report.
+
+        Args:
+            step: of the training.
+            report: from `RoutingShaper.report`.
+        """
+        rows = {**report["layers"], "mean": report["mean"]}
+        with self.path.open("a", encoding="utf-8", newline="") as stream:
+            if self.path.suffix == ".jsonl":
+                for name, row in rows.items():
+                    stream.write(json.dumps({"step": step, "layer": name, **row}) + "\n")
+                return
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore", lineterminator="\n")
+            if stream.tell() == 0:
+                writer.writeheader()
+            for name, row in rows.items():
+                writer.writerow({"step": step, "layer": name, **row})
+
+
+def routing_png(report: dict[str, Any], tasks: Sequence[str] | None = None) -> bytes:
+    """Draw each layer's load and how its tasks are routed.
+
+    Args:
+        report: from `RoutingShaper.report` with task ids.
+        tasks: names of the tasks, in the order of their ids; None numbers them.
+
+    Returns:
+        The image, PNG.
+
+    Raises:
+        ConfigError: matplotlib is missing, or another number of names than tasks.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("figures need matplotlib; install 'tether[plot]'") from error
+    layers = report["layers"]
+    figure = Figure(figsize=(7.0, 2.2 * len(layers) + 0.4), layout="constrained")
+    axes = figure.subplots(len(layers), 2, squeeze=False, width_ratios=(2, 3))
+    for (bars, heat), (name, row) in zip(axes, layers.items(), strict=True):
+        load, gates = np.asarray(row["load"]), np.asarray(row["gates"])
+        names = list(tasks) if tasks else [str(i) for i in range(len(gates))]
+        if len(names) != len(gates):
+            raise ConfigError(f"{len(names)} names for {len(gates)} tasks: expected one for each")
+        bars.bar(np.arange(len(load)), load, color="#33658a")
+        bars.axhline(1 / len(load), color="#888888", linewidth=0.8)
+        bars.set_title(f"{name}: load, {row['dead']} dead", fontsize=8)
+        image = heat.imshow(gates, aspect="auto", vmin=0, cmap="viridis")
+        heat.set_yticks(range(len(names)), names, fontsize=7)
+        shown = ", ".join(
+            f"{key} {row[key]:.2f}" for key in ("eff_k", "nrmi", "itjd") if row[key] is not None
+        )
+        heat.set_title(f"mean gate by task; {shown}", fontsize=8)
+        figure.colorbar(image, ax=heat)
+        for axis in (bars, heat):
+            axis.set_xlabel("expert", fontsize=7)
+            axis.tick_params(labelsize=7)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=110)
+    return target.getvalue()

@@ -1,0 +1,74 @@
+"""Options of a shaper, checked before anything is touched."""
+
+import math
+
+from torch.optim import Optimizer
+
+from tether.errors import ConfigError
+from tether.router.cost import COSTS
+
+__all__ = ["COSTLY", "FORMS", "STRONG", "check_options", "inner_optimizer"]
+
+FORMS = {
+    "tax": "lam * sum p c: mean probability times normalised cost",
+    "prior": "lam * KL(p || q), q towards cheap experts; with cost='uniform' plain balancing by entropy",
+    "goodness": "lam * entropy of logits plus goodness; experimental: an entropy minimiser",
+    "entropy": "the same with goodness 0, its control",
+    "switch": "lam * E sum f P, the load balancing of the Switch Transformer",
+    "bias": "no loss: a bias on the choice that follows the load",
+    "z": "lam * squared log-sum-exp of the logits",
+    "none": "nothing: measure only",
+}
+COSTLY = ("tax", "prior", "goodness")
+"""Forms that need to know what experts cost."""
+STRONG = 0.05
+"""A tax from here on tends to undo specialisation."""
+
+
+def check_options(form: str, cost: str, lam: float, every: int, z: float, rate: float, cap: float) -> None:
+    """Refuse options that are unknown, out of range or without effect.
+
+    Args:
+        form: one of `FORMS`.
+        cost: one of `tether.router.cost.COSTS`.
+        lam: strength, finite, >= 0.
+        every: steps between two readings, >= 1.
+        z: strength of the z-loss, finite, >= 0.
+        rate: step of the bias, finite, >= 0.
+        cap: largest normalised cost, > 1.
+
+    Raises:
+        ConfigError: any of these.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    if cost not in COSTS:
+        raise ConfigError(f"cost={cost!r}: expected one of {', '.join(COSTS)}")
+    for name, value in {"lam": lam, "z": z, "rate": rate}.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name}={value}: expected a finite number >= 0")
+    if every < 1 or not cap > 1:
+        raise ConfigError(f"every={every}, cap={cap}: expected every >= 1 and cap > 1")
+    if form == "tax" and cost == "uniform":
+        raise ConfigError(
+            "form='tax' with cost='uniform' is the constant lam, without a gradient; use form='prior' with it"
+        )
+    if form == "prior" and cost == "paper-log":
+        raise ConfigError(
+            "form='prior' takes costs >= 0, 'paper-log' is negative; use form='tax' to study it"
+        )
+
+
+def inner_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
+    """Unwrap an optimizer.
+
+    Args:
+        optimizer: of torch, or one of accelerate around it.
+
+    Returns:
+        The optimizer that steps and holds the state.
+    """
+    # accelerate wraps an optimizer in another one, whose hooks do not see the steps.
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
