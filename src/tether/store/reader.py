@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -137,6 +137,18 @@ class CheckpointReader:
         """  # noqa: DOC502 - raised by _entry
         return self._entry(name).dtype
 
+    def span(self, name: str) -> tuple[Path, int, int]:
+        """Return where the bytes of tensor ``name`` lie, for readers with buffers of their own.
+
+        Returns:
+            The file, the first byte, and the byte after the last.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name.
+        """  # noqa: DOC502 - raised by _entry
+        entry = self._entry(name)
+        return entry.file, entry.start, entry.stop
+
     def tensor(self, name: str) -> "torch.Tensor":
         """Read one whole tensor.
 
@@ -199,12 +211,16 @@ class CheckpointReader:
                     )
         return joined
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, inspect: Callable[[str, memoryview], None] | None = None) -> str:
         """Hash what the checkpoint says, not how it is cut into files.
 
         SHA-256 over name, type, shape and content of every tensor, in order of the names. Equal for any
         sharding and any metadata; different for any changed bit, name, shape or type. Memory stays at one
         chunk of 4 MiB.
+
+        Args:
+            inspect: Called with the tensor's name and each chunk, so that one reading serves two purposes;
+                what it raises goes to the caller.
 
         Returns:
             64 hexadecimal digits.
@@ -219,6 +235,8 @@ class CheckpointReader:
             try:
                 for chunk in _chunks(entry.file, entry.start, entry.stop):
                     digest.update(chunk)
+                    if inspect:
+                        inspect(name, chunk)
             except OSError as error:
                 raise CheckpointError(_unreadable(entry.file, error)) from error
         return digest.hexdigest()

@@ -1,0 +1,299 @@
+"""How a merged model behaves beside the models it was made from: measured before it is published."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tether.delta.windows import Windows, read_documents, window_text
+from tether.errors import CheckpointError, ConfigError
+from tether.merge.recipe import Check
+from tether.stats import standard_error
+
+__all__ = [
+    "Comparison",
+    "check",
+    "compare",
+    "kl_divergence",
+    "load_checkpoint",
+    "refuse_unreadable",
+    "sample_paths",
+]
+
+_CHUNK = 1 << 24  # logits that are turned into probabilities at once: 64 MB
+_PROMPT = 16  # tokens of a text that a sampled path continues
+
+Step = Callable[[dict[str, float]], None]
+
+
+class Comparison(NamedTuple):
+    """Two models on the same tokens; n positions, m of them with a next token.
+
+    Attributes:
+        kl: softmax KL(reference || merged), nats, shape (n,).
+        nll_reference: of the next token, nats, shape (m,).
+        nll_merged: likewise, shape (m,).
+        documents: the document of each position, shape (n,).
+    """
+
+    kl: Tensor
+    nll_reference: Tensor
+    nll_merged: Tensor
+    documents: Tensor
+
+    def summary(self) -> dict[str, Any]:
+        """Give the figures of a report.
+
+        Returns:
+            Mean NLL of both and mean, 99th percentile and maximum of the KL, nats; the standard error of
+            its mean over documents where there are several.
+        """
+        kl = self.kl.double().numpy()
+        several = len(self.documents.unique()) > 1
+        return {
+            "tokens": len(kl),
+            "nll_reference": float(self.nll_reference.double().mean()),
+            "nll_merged": float(self.nll_merged.double().mean()),
+            "kl": {
+                "mean": float(kl.mean()),
+                "p99": float(np.quantile(kl, 0.99)),
+                "max": float(kl.max()),
+                "standard_error": standard_error(kl, self.documents.numpy()) if several else None,
+            },
+        }
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Give the divergence of two categorical laws.
+
+    .. math:: D(p \| q) = \sum_v p_v (\log p_v - \log q_v)
+
+    Args:
+        log_p: normalised log-probabilities, shape (..., V).
+        log_q: likewise.
+
+    Returns:
+        Nats, not below 0, shape (...).
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+
+
+def load_checkpoint(path: Path | str) -> Any:
+    """Load a causal or vision-language model in float32: stored weights, exact arithmetic.
+
+    Args:
+        path: a checkpoint folder.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: If transformers cannot load it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        return loader.from_pretrained(path, dtype=torch.float32).eval()
+    except Exception as error:
+        # transformers raises a dozen types here; the user needs one sentence.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: transformers cannot load it ({reason}); expected a checkpoint folder"
+        ) from error
+
+
+def compare(
+    reference: Any, merged: Any, windows: Windows, *, batch_size: int = 8, on_step: Step | None = None
+) -> Comparison:
+    """Run two models over a text.
+
+    Args:
+        reference: a transformers model.
+        merged: another with the same vocabulary.
+        windows: the text.
+        batch_size: windows a pass.
+        on_step: called with `done` and `total` tokens after each batch.
+
+    Returns:
+        Per-token results in the text's order.
+
+    Raises:
+        ConfigError: If the vocabularies have different sizes.
+    """
+    count = len(windows.input_ids)
+    kl, nll_reference, nll_merged = (torch.zeros(count) for _ in range(3))
+    done = 0
+    for batch in windows.batches(batch_size):
+        where = windows.positions(batch)
+        with torch.no_grad():
+            logits = [model(input_ids=batch.input_ids).logits[batch.mask] for model in (reference, merged)]
+        if logits[0].shape != logits[1].shape:
+            raise ConfigError(
+                f"the models give {logits[0].shape[-1]} and {logits[1].shape[-1]} logits; expected one vocabulary. "
+                "Leave the model out of check.references"
+            )
+        target = windows.targets[where].clamp(min=0).unsqueeze(-1)
+        for part in torch.arange(len(where)).split(max(1, _CHUNK // logits[0].shape[-1])):
+            log_p, log_q = (each[part].float().log_softmax(-1) for each in logits)
+            kl[where[part]] = kl_divergence(log_p, log_q)
+            nll_reference[where[part]] = -log_p.gather(-1, target[part]).squeeze(-1)
+            nll_merged[where[part]] = -log_q.gather(-1, target[part]).squeeze(-1)
+        done += len(where)
+        if on_step:
+            on_step({"done": float(done), "total": float(count)})
+    scored = windows.targets >= 0
+    return Comparison(kl, nll_reference[scored], nll_merged[scored], windows.documents)
+
+
+def sample_paths(model: Any, prompts: Tensor, length: int, generator: torch.Generator) -> Windows:
+    """Continue prompts by sampling from a model at temperature 1, all at once.
+
+    Args:
+        model: a transformers model.
+        prompts: token ids, shape (N, P).
+        length: tokens to sample, >= 1.
+        generator: source of randomness.
+
+    Returns:
+        Prompts and sampled tokens, one window of P + length tokens and one document a path.
+    """
+    ids, cache = prompts, None
+    fresh = prompts
+    for _ in range(length):
+        with torch.no_grad():
+            output = model(input_ids=fresh, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        law = output.logits[:, -1].float().softmax(-1)
+        fresh = torch.multinomial(law, 1, generator=generator)
+        ids = torch.cat([ids, fresh], dim=1)
+    count, width = ids.shape
+    targets = torch.cat([ids[:, 1:], torch.full((count, 1), -100)], dim=1)
+    return Windows(
+        input_ids=ids.reshape(-1),
+        targets=targets.reshape(-1),
+        documents=torch.arange(count).repeat_interleave(width),
+        starts=torch.arange(count + 1) * width,
+    )
+
+
+# Keep the positions that predict sampled tokens.
+def _sampled(comparison: Comparison, windows: Windows, prompt: int, width: int) -> Comparison:
+    place = torch.arange(len(windows.input_ids)) % width
+    positions = (place >= prompt - 1) & (place < width - 1)
+    scored = positions[windows.targets >= 0]
+    return Comparison(
+        comparison.kl[positions],
+        comparison.nll_reference[scored],
+        comparison.nll_merged[scored],
+        comparison.documents[positions],
+    )
+
+
+def refuse_unreadable(wanted: Check) -> dict[str, list[str]]:
+    """Read the texts of a check; done before the long part.
+
+    Args:
+        wanted: the check.
+
+    Returns:
+        Name to documents.
+
+    Raises:
+        ConfigError: If a text is missing or empty.
+    """  # noqa: DOC502 - raised by read_documents
+    return {name: read_documents(path) for name, path in wanted.text.items()}
+
+
+def check(
+    wanted: Check,
+    merged: Path,
+    references: Mapping[str, Path],
+    documents: Mapping[str, Sequence[str]],
+    *,
+    seed: int = 0,
+    steps: Callable[[str], Step] | None = None,
+) -> dict[str, Any]:
+    """Measure a merged checkpoint against the models it was made from.
+
+    Two models are in memory at a time. On each text, and on continuations that the reference itself samples:
+    a merged model can follow a short text and still drift where it writes on.
+
+    Args:
+        wanted: what to measure.
+        merged: the checkpoint folder.
+        references: name to folder; the first one holds the budget.
+        documents: name to held-out text.
+        seed: of the sampled paths.
+        steps: gives a callback for each reference.
+
+    Returns:
+        JSON: reference to text to figures, with the worst mean KL from the first reference, the budget and
+        whether it is kept (None without a budget).
+
+    Raises:
+        CheckpointError: If a model or the tokenizer cannot be loaded.
+        ConfigError: If the vocabularies differ, or a text is too short.
+    """  # noqa: DOC502 - raised by what it calls
+    model = load_checkpoint(merged)
+    tokenizer = load_tokenizer(merged)
+    windows = {
+        name: window_text(list(text), tokenizer, length=wanted.window, tokens=wanted.tokens, name=name)
+        for name, text in documents.items()
+    }
+    figures: dict[str, Any] = {}
+    for name, path in references.items():
+        step = (steps or (lambda _: lambda entry: None))(f"checking {name}")
+        figures[name] = dict(_against(load_checkpoint(path), model, windows, wanted, seed, step))
+    first = figures[next(iter(references))]
+    worst = max(entry["kl"]["mean"] for entry in first.values())
+    return {
+        "references": figures,
+        "worst_mean_kl": worst,
+        "budget": wanted.accept,
+        "accepted": None if wanted.accept is None else worst <= wanted.accept,
+    }
+
+
+def _against(
+    reference: Any, merged: Any, windows: Mapping[str, Windows], wanted: Check, seed: int, step: Step
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, text in windows.items():
+        yield name, compare(reference, merged, text, on_step=step).summary()
+        starts = text.starts[:-1][text.starts.diff() >= _PROMPT][: wanted.paths]
+        if not len(starts):
+            continue
+        prompts = text.input_ids[starts.unsqueeze(-1) + torch.arange(_PROMPT)]
+        generator = torch.Generator().manual_seed(seed)
+        sampled = sample_paths(reference, prompts, wanted.path_length, generator)
+        result = compare(reference, merged, sampled, on_step=step)
+        yield f"{name}, sampled", _sampled(result, sampled, _PROMPT, _PROMPT + wanted.path_length).summary()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: If there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: no tokenizer that can be loaded ({reason}); name a model that has one under tokenizer"
+        ) from error

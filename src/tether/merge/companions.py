@@ -1,0 +1,219 @@
+"""The files beside the weights: found, compared where it matters, and carried into the result."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tether.errors import CheckpointError, ConfigError
+
+__all__ = ["Folder", "config_for", "differing_tokens", "locate", "read_folder"]
+
+_TOKENIZER: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_MODEL: Final = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Folder(NamedTuple):
+    """What lies beside a model's weights.
+
+    Attributes:
+        weights: the folder or safetensors file to read weights from.
+        config: its ``config.json``; empty where there is none.
+        tokenizer: files of its tokenizer and chat template.
+        model: generation and processor configs.
+    """
+
+    weights: Path
+    config: dict[str, Any]
+    tokenizer: tuple[Path, ...]
+    model: tuple[Path, ...]
+
+
+def locate(path: str) -> Path:
+    """Turn a model's name into a local path: a path, an alias of the library, or a hub id.
+
+    Args:
+        path: as in a recipe.
+
+    Returns:
+        An existing folder or file.
+
+    Raises:
+        CheckpointError: If nothing is there, or it cannot be fetched.
+        ConfigError: If it is a pickle or GGUF file, or a folder with no other weights.
+    """  # noqa: DOC502 - CheckpointError is raised by _fetched
+    local = Path(path).expanduser()
+    if not local.exists():
+        return _fetched(path)
+    if local.is_file() and local.suffix in _PICKLES:
+        raise ConfigError(
+            f"{path} is a pickle file, which can run code when it is read; convert it to safetensors"
+        )
+    if local.is_file() and local.suffix == ".gguf":
+        raise ConfigError(f"{path} is a GGUF file, usually quantised; give the safetensors it was made from")
+    if local.is_dir() and not any(local.glob("model*.safetensors*")):
+        if (local / "adapter_config.json").is_file():
+            raise ConfigError(f"{path} holds an adapter and no model; merge it into its base first")
+        pickles = sorted(file.name for file in local.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise ConfigError(
+                f"{path} holds its weights in pickle files ({', '.join(pickles[:3])}), which can run code when "
+                "they are read; convert them to safetensors"
+            )
+    return local
+
+
+def _fetched(name: str) -> Path:
+    from tether.causal.loading import ALIASES, resolve
+
+    if name in ALIASES:
+        return Path(resolve(name))
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"{name} does not exist; expected a folder, a safetensors file, a hub id (owner/name) or an alias "
+            f"({', '.join(ALIASES)})"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["model*.safetensors*", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
+    except Exception as error:
+        # httpx and huggingface_hub raise a dozen types here; the user needs one sentence.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name} is not a local path and cannot be fetched ({reason}); check the path, or the hub id and network"
+        ) from error
+
+
+def read_folder(path: Path) -> Folder:
+    """Look at what lies beside a model's weights.
+
+    Args:
+        path: from ``locate``.
+
+    Returns:
+        The files; a single safetensors file has none.
+
+    Raises:
+        CheckpointError: If ``config.json`` is damaged.
+    """  # noqa: DOC502 - raised by _json
+    if path.is_file():
+        return Folder(path, {}, (), ())
+    config: dict[str, Any] = {}
+    if (path / "config.json").is_file():
+        config = _json(path / "config.json")
+    there = {file.name: file for file in path.iterdir() if file.is_file()}
+    return Folder(
+        path,
+        config,
+        tuple(there[name] for name in _TOKENIZER if name in there),
+        tuple(there[name] for name in _MODEL if name in there),
+    )
+
+
+def config_for(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Give the config of a result: that of the model it goes into, with the type of its weights.
+
+    Args:
+        config: of that model.
+        dtype: type of the result's floats; None where it is unchanged.
+
+    Returns:
+        A new config.
+    """
+    if dtype is None:
+        return dict(config)
+    changed = {
+        key: config_for(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+    }
+    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
+def differing_tokens(one: Folder, other: Folder) -> str | None:
+    """Compare two vocabularies.
+
+    Args:
+        one: a model.
+        other: another.
+
+    Returns:
+        None where they agree; else how they differ, or ``""`` where one of them has no tokenizer to compare.
+
+    Raises:
+        CheckpointError: If a tokenizer file is damaged.
+    """  # noqa: DOC502 - raised by _vocabulary
+    files = [{file.name: file for file in each.tokenizer} for each in (one, other)]
+    for name in ("tokenizer.json", "vocab.json", "tokenizer.model"):
+        if all(name in each for each in files):
+            break
+    else:
+        return ""
+    digests = [hashlib.sha256(each[name].read_bytes()).digest() for each in files]
+    if digests[0] == digests[1]:
+        return None
+    if name == "tokenizer.model":
+        return "their tokenizer.model files differ"
+    first, second = (_vocabulary(each) for each in files)
+    moved = sorted(token for token in first.keys() & second.keys() if first[token] != second[token])
+    only = [sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())]
+    if not moved and not only[0] and not only[1]:
+        return None
+    parts = [f"{len(moved)} tokens have other numbers ({', '.join(map(repr, moved[:3]))})"] if moved else []
+    parts += [
+        f"{len(tokens)} tokens are only in {where} ({', '.join(map(repr, tokens[:3]))})"
+        for tokens, where in zip(only, ("the former", "the latter"), strict=True)
+        if tokens
+    ]
+    return ", ".join(parts)
+
+
+def _vocabulary(files: dict[str, Path]) -> dict[str, int]:
+    try:
+        if "tokenizer.json" in files:
+            content = _json(files["tokenizer.json"])
+            words = content["model"]["vocab"]
+            if isinstance(words, list):  # Unigram: pairs of token and score
+                words = {token: number for number, (token, _) in enumerate(words)}
+            return {**words, **{each["content"]: each["id"] for each in content.get("added_tokens", ())}}
+        words = _json(files["vocab.json"])
+        return words | (_json(files["added_tokens.json"]) if "added_tokens.json" in files else {})
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {next(iter(files.values())).parent} has no vocabulary that can be read "
+            f"({type(error).__name__}: {error}); copy it again from its source"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("not a mapping")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); expected a JSON mapping. Copy it again."
+        ) from error
+    return content

@@ -1,0 +1,85 @@
+"""Observe a model on its own paths: sample, accumulate Gram matrices, keep both in a folder that merges read."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tether.causal.loading import weights_fingerprint
+from tether.errors import ConfigError
+from tether.merge.gram import gram_file, save_grams, stream_grams
+from tether.merge.packing import pack_bank
+from tether.merge.paths import load_bank, sample_paths, save_bank
+from tether.merge.probes import EncodedProbe, probes_hash
+from tether.merge.towers import find_tower
+from tether.store.publish import write_json
+
+__all__ = ["OBSERVATION", "PATHS", "observe"]
+
+OBSERVATION: Final = "observation.json"
+PATHS: Final = "paths.safetensors"
+
+
+def observe(
+    model: Any,
+    probes: Sequence[EncodedProbe],
+    folder: str | Path,
+    *,
+    paths: int = 8,
+    shortest: int = 4,
+    longest: int = 32,
+    top_p: float = 0.9,
+    seed: int = 0,
+    on_step: Callable[[str], Callable[[dict[str, float]], None]] | None = None,
+) -> Path:
+    """Sample a model's own paths and accumulate the Gram matrices of its layers and its head on them.
+
+    What is in the folder already is kept: paths are not sampled again, and a complete folder costs nothing.
+
+    Args:
+        model: in evaluation mode.
+        probes: encoded for it.
+        folder: where paths, matrices and a description go.
+        paths: a sample.
+        shortest: tokens of the shortest path.
+        longest: tokens of the longest.
+        top_p: nucleus.
+        seed: of lengths and noise.
+        on_step: given a stage's name, gives what is called with `done` and `total`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder holds another observation, or a number outside its range.
+        CheckpointError: a file in the folder is damaged.
+    """  # noqa: DOC502 - CheckpointError is raised by load_bank
+    folder = Path(folder)
+    description = {
+        "model": weights_fingerprint(model), "probes": probes_hash(probes), "samples": len(probes), "paths": paths,
+        "shortest": shortest, "longest": longest, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
+    file = folder / OBSERVATION
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if differs := sorted(key for key in description if there.get(key) != description[key]):
+            raise ConfigError(
+                f"{folder} holds an observation with another {', '.join(differs)}; choose another folder, or remove it"
+            )
+    layers = len(find_tower(model).layers)
+    if file.is_file() and all(gram_file(folder, layer).is_file() for layer in range(layers + 1)):
+        return folder
+    stage = on_step or (lambda name: lambda values: None)
+    if (folder / PATHS).is_file() and file.is_file():
+        bank = load_bank(folder / PATHS)
+    else:
+        bank = sample_paths(
+            model, probes, paths=paths, shortest=shortest, longest=longest, top_p=top_p, seed=seed,
+            on_step=stage("sampling paths"),
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        save_bank(folder / PATHS, bank)
+        write_json(file, description)
+    stream = stream_grams(model, pack_bank(bank, model), head=True, on_step=stage("observing layers"))
+    save_grams(folder, stream)
+    return folder

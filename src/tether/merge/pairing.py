@@ -1,0 +1,78 @@
+"""Two checkpoints read the same text, and the units of one are found in the other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tether.delta.windows import read_documents, window_text
+from tether.errors import CheckpointError, ConfigError
+from tether.merge.alignment import align_units, record, write_maps
+from tether.merge.axes import Sizes
+from tether.merge.check import load_checkpoint, load_tokenizer
+from tether.merge.companions import differing_tokens, locate, read_folder
+from tether.merge.opening import Opened, open_model
+
+__all__ = ["align_checkpoints"]
+
+_WINDOW = 64
+
+
+def align_checkpoints(
+    target: str,
+    source: str,
+    text: Path,
+    out: Path,
+    *,
+    tokens: int = 2048,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Align one checkpoint with another and write the maps.
+
+    Args:
+        target: the model in whose coordinates a merge will be: a path, alias or hub id.
+        source: the model that will be brought there, of the same tokenizer.
+        text: what both read.
+        out: the file of maps.
+        tokens: about how many tokens.
+        on_step: called with `done` and `total` models.
+
+    Returns:
+        JSON: mean similarity and number of unmatched units, for each space; how many tokens were read.
+
+    Raises:
+        ConfigError: If the tokenizers differ, the text is too short, or heads cannot correspond.
+        CheckpointError: If a model cannot be read, or has no structure that is known.
+    """  # noqa: DOC502 - CheckpointError is raised by _sizes and what it calls
+    documents = read_documents(text)
+    folders = [read_folder(locate(name)) for name in (target, source)]
+    if difference := differing_tokens(*folders):
+        raise ConfigError(
+            f"the vocabularies of {target} and {source} differ: {difference}. Models are aligned on tokens that both "
+            "read; expected one tokenizer"
+        )
+    lengths = [
+        _sizes(open_model(name, folder)) for name, folder in zip((target, source), folders, strict=True)
+    ]
+    windows = window_text(
+        documents, load_tokenizer(folders[0].weights), length=_WINDOW, tokens=tokens, name=str(text)
+    )
+    whole = windows.starts.diff() == _WINDOW
+    input_ids = windows.input_ids[windows.starts[:-1][whole].unsqueeze(-1) + torch.arange(_WINDOW)]
+    seen = []
+    for number, folder in enumerate(folders):
+        seen.append(record(load_checkpoint(folder.weights), input_ids))
+        if on_step:
+            on_step({"done": number + 1.0, "total": 2.0})
+    found = align_units(seen[0], seen[1], lengths[0], lengths[1])
+    write_maps(out, found.maps)
+    return {"similarity": found.similarity, "unmatched": found.unmatched, "tokens": input_ids.numel()}
+
+
+def _sizes(model: Opened) -> Sizes:
+    if not model.recognised:
+        raise CheckpointError(
+            f"{model.name}: no language tower found; expected a Llama- or Qwen-like decoder, or a wrapper of one"
+        )
+    return model.sizes()

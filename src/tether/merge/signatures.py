@@ -1,0 +1,151 @@
+"""LAPE signatures: per neuron phi = [activation, path gradient, length-normalised loss], read from disk by module."""
+
+import json
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tether.errors import CheckpointError, ConfigError
+
+__all__ = ["DESCRIPTION", "FIELDS", "Signature", "Signatures"]
+
+DESCRIPTION: Final = "signatures.json"
+FIELDS: Final = ("activation", "gradient", "paper_gradient", "fisher")
+
+
+class Signature(NamedTuple):
+    """Statistics of the d neurons (output rows) of one linear layer on n samples.
+
+    Values are averages under normalised weights; the document's unnormalised sums are ``exp(log_mass)`` times
+    them (`Signatures.log_mass`).
+
+    Attributes:
+        activation: phi[0], mean row output at the positions that predict generated tokens, shape (n, d).
+        gradient: phi[1] by backpropagation, ``sum_t y_t dL/dy_t`` a path, averaged over paths, shape (n, d).
+        paper_gradient: phi[1] as the document approximates it, ``a(S) (a(S) - a_ref(S))``, shape (n, d).
+        fisher: mean over paths of ``||dL_k/dW_i||^2`` restricted to the path's positions, shape (n, d).
+    """
+
+    activation: Tensor
+    gradient: Tensor
+    paper_gradient: Tensor
+    fisher: Tensor
+
+
+@final
+class Signatures:
+    """Signatures in a folder that `tether.merge.encoding.encode` filled, read a module at a time.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        CheckpointError: the folder holds no complete signatures.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        file = self._folder / DESCRIPTION
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: no {DESCRIPTION} in it; encode the model first")
+        self.description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        count = -(-self.description["samples"] // self.description["chunk"])
+        self._files = [self._folder / f"signatures-{i:05d}.safetensors" for i in range(count)]
+        if missing := [file.name for file in self._files if not file.is_file()]:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of {count} files are missing, the first {missing[0]}; encode again, it "
+                "goes on where it stopped"
+            )
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """Encoded modules and their numbers of neurons."""
+        return dict(self.description["modules"])
+
+    @property
+    def loss(self) -> Tensor:
+        """phi[2] of each sample, the weighted length-normalised loss, nats, shape (n,)."""
+        return self._read("loss")
+
+    @property
+    def log_mass(self) -> Tensor:
+        """Logarithm of the sum of the document's weights, 0 for averages, shape (n,)."""
+        return self._read("log_mass")
+
+    @property
+    def effective(self) -> Tensor:
+        """Effective number of paths of each sample, shape (n,)."""
+        return self._read("effective")
+
+    def signature(self, module: str) -> Signature:
+        """Read one module.
+
+        Args:
+            module: its full name.
+
+        Returns:
+            Its statistics on all samples.
+
+        Raises:
+            ConfigError: the module was not encoded.
+        """
+        if module not in self.description["modules"]:
+            raise ConfigError(
+                f"{module} was not encoded; expected one of {', '.join(self.description['modules'])}"
+            )
+        return Signature(*(self._read(f"{module}.{field}") for field in FIELDS))
+
+    def phi(self, module: str, gradient: str = "true") -> Tensor:
+        """Put the three components together.
+
+        Args:
+            module: its full name.
+            gradient: `true` (backpropagation) or `paper` (the document's approximation).
+
+        Returns:
+            Shape (n, d, 3), under normalised weights.
+
+        Raises:
+            ConfigError: another kind of gradient, or true gradients that were not recorded.
+        """
+        if gradient not in {"true", "paper"}:
+            raise ConfigError(f"gradient={gradient!r}: expected 'true' or 'paper'")
+        if gradient == "true" and not self.description["gradients"]:
+            raise ConfigError(
+                "true gradients were not recorded; encode with gradients=True or ask for 'paper'"
+            )
+        found = self.signature(module)
+        second = found.gradient if gradient == "true" else found.paper_gradient
+        loss = self.loss.to(second.dtype).unsqueeze(-1).expand_as(second)
+        return torch.stack([found.activation, second, loss], dim=-1)
+
+    def mean_phi(self, module: str, gradient: str = "true") -> tuple[Tensor, float]:
+        """Average phi over samples with the masses that the weighting asks for.
+
+        Args:
+            module: its full name.
+            gradient: as for `phi`.
+
+        Returns:
+            ``v`` of shape (d, 3), float64, and ``s`` with phi = exp(s) v; s = 0 for averages, and for the
+            document's sums the log of the mean mass, which may be far below the smallest float.
+        """
+        phi, log_mass = self.phi(module, gradient).double(), self.log_mass.double()
+        scale = torch.logsumexp(log_mass, 0) - torch.log(torch.tensor(float(len(log_mass))))
+        share = torch.exp(log_mass - scale) / len(log_mass)
+        return torch.einsum("n,ndc->dc", share, phi), float(scale)
+
+    def _read(self, name: str) -> Tensor:
+        parts = []
+        for file in self._files:
+            try:
+                with safe_open(str(file), framework="pt") as opened:
+                    parts.append(opened.get_tensor(name))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{file}: cannot be read ({error}); remove it and encode again"
+                ) from error
+        return torch.cat(parts)

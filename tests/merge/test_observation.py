@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from torch.testing import assert_close
+from transformers import CLIPImageProcessor, LlavaProcessor
+from typer.testing import CliRunner
+
+import tiny
+from merge import lape
+from tether.cli.observe import observe as command
+from tether.errors import CheckpointError, ConfigError
+from tether.merge.gram import load_grams, stream_grams
+from tether.merge.observation import observe
+from tether.merge.packing import pack_bank
+from tether.merge.paths import load_bank
+from tether.merge.probes import load_reader
+
+app = typer.Typer()
+app.command()(command)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.backbone("llama")
+
+
+def test_folder_holds_the_models_own_paths_and_their_matrices(model, tmp_path):
+    stages = []
+
+    def stage(name):
+        stages.append(name)
+        return lambda values: None
+
+    observe(model, lape.probes(), tmp_path, paths=3, longest=8, on_step=stage)
+    bank = load_bank(tmp_path / "paths.safetensors")
+    expected = list(stream_grams(model, pack_bank(bank, model), head=True))
+    for layer, grams in expected:
+        found = load_grams(tmp_path, layer).grams
+        assert found.keys() == grams.keys()
+        for name, gram in grams.items():
+            assert_close(found[name], gram)
+    assert stages == ["sampling paths", "observing layers"]
+    observe(model, lape.probes(), tmp_path, paths=3, longest=8, on_step=stage)
+    assert len(stages) == 2
+
+
+def test_goes_on_after_an_interruption_with_the_same_bytes(model, tmp_path):
+    observe(model, lape.probes(), tmp_path, paths=2, longest=6)
+    content = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "gram-00001.safetensors").unlink()
+    (tmp_path / "gram-00002.safetensors").unlink()
+    observe(model, lape.probes(), tmp_path, paths=2, longest=6)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == content
+
+
+def test_another_observation_is_refused(model, tmp_path):
+    observe(model, lape.probes(1), tmp_path, paths=2, longest=4)
+    with pytest.raises(ConfigError, match="another seed"):
+        observe(model, lape.probes(1), tmp_path, paths=2, longest=4, seed=1)
+    with pytest.raises(ConfigError, match="another model"):
+        observe(tiny.backbone("llama", seed=1), lape.probes(1), tmp_path, paths=2, longest=4)
+
+
+def test_command_reads_images_with_the_models_processor(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = lape.llava()
+    model.config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token="<image>",
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    Image.new("RGB", (8, 8), (9, 200, 30)).save(tmp_path / "a.png")
+    lines = [{"text": "What colour?", "image": "a.png"}, {"text": "Go on"}]
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [
+        str(tmp_path / "model"),
+        "--probes",
+        str(tmp_path / "probes.jsonl"),
+        "--out",
+        str(tmp_path / "g"),
+    ]
+    ran = CliRunner().invoke(app, [*arguments, "--json"])
+    assert ran.exit_code == 0, ran.output
+    bank = load_bank(tmp_path / "g" / "paths.safetensors")
+    assert bank.probes[0].extras["pixel_values"].shape == (1, 3, 8, 8)
+    grams = load_grams(tmp_path / "g", 0).grams
+    assert all(bool(torch.isfinite(gram).all()) for gram in grams.values())
+    assert next(iter(grams)).startswith("model.language_model.layers.0.")
+
+
+def test_a_text_model_cannot_read_images(tmp_path):
+    tiny.backbone("llama").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no vision-language model"):
+        load_reader(str(tmp_path), images=True)
+    loaded, tokenizer, processor = load_reader(str(tmp_path), images=False)
+    assert processor is None
+    assert loaded.config.vocab_size == len(tokenizer)
