@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint bench docs
+.PHONY: setup demo test lint bench gguf-tools peers docs
 
 setup: $(VENV)/.complete
 
@@ -21,8 +21,16 @@ $(VENV)/.complete: pyproject.toml requirements/lock.txt requirements/data.txt
 demo: setup
 	$(BIN)/tether demo --out $(OUT)
 
-test: setup
+test: setup gguf-tools
 	$(BIN)/python -m pytest
+
+# llama.cpp and its converter beside the environment: the slow test of the export round trip needs them.
+gguf-tools: $(VENV)/gguf-tools/.complete
+
+$(VENV)/gguf-tools/.complete: requirements/gguf.txt $(VENV)/.complete
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/gguf-tools \
+		-r requirements/gguf.txt
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks
@@ -33,7 +41,23 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks delta --json benchmarks/results/delta.json
 
+# What benchmarks compare with, apart from the environment of tether: lm-evaluation-harness on a path of its own,
+# and mergekit in an environment of its own that shares torch. Then `python -m benchmarks lm-eval` and `... merge`.
+peers: $(VENV)/peers/.complete .venv-peers/.complete
+
+$(VENV)/peers/.complete: requirements/peers.txt $(VENV)/.complete
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --prefer-binary --no-deps --upgrade --target $(VENV)/peers \
+		-r requirements/peers.txt
+	touch $@
+
+.venv-peers/.complete: requirements/mergekit.txt $(VENV)/.complete
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	$(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tether.pth"
+	.venv-peers/bin/python -m pip install -q $(PIP_FLAGS) --no-deps -r requirements/mergekit.txt
+	touch $@
+
 # The reference of the Python API, from the docstrings, into site/.
 docs: setup
-	$(BIN)/pdoc -o site tether.causal tether.cauchy tether.delta tether.demo tether.report tether.runs tether.stats \
+	$(BIN)/pdoc -o site tether.causal tether.cauchy tether.delta tether.demo tether.merge tether.report tether.router tether.runs tether.stats \
 		tether.store tether.theory

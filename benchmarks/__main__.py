@@ -8,17 +8,43 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import causal, delta, lm_eval_check, numbers, presets, recipes
+from benchmarks import (
+    budgets,
+    causal,
+    coverage,
+    delta,
+    domains,
+    gates,
+    lape,
+    leash,
+    lm_eval_check,
+    merge,
+    numbers,
+    presets,
+    recipes,
+    router,
+    theory,
+)
 from tether.store.manifest import versions
 from tether.store.publish import write_json
 
 BENCHMARKS = {
+    "budgets": budgets.rows,
+    "gates": gates.rows,
     "causal": causal.rows,
+    "coverage": coverage.rows,
     "delta": delta.rows,
+    "domains": domains.rows,
+    "lape": lape.rows,
+    "leash": leash.rows,
     "lm-eval": lm_eval_check.rows,
+    "merge": merge.rows,
     "numbers": numbers.rows,
     "presets": presets.rows,
     "recipes": recipes.rows,
+    "router": router.rows,
+    "router-deltas": router_deltas.rows,
+    "theory": theory.rows,
 }
 
 

@@ -18,11 +18,12 @@ SIZES = {
 }
 
 
-def backbone(kind="llama", seed=0):
+def backbone(kind="llama", seed=0, layers=2):
     """A random causal LM; `llama` ties its head to the embedding, `qwen2` has its own head and qkv biases."""
+    sizes = SIZES | {"num_hidden_layers": layers}
     configs = {
-        "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-        "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
+        "llama": lambda: LlamaConfig(**sizes, tie_word_embeddings=True),
+        "qwen2": lambda: Qwen2Config(**sizes, tie_word_embeddings=False),
     }
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)
@@ -63,3 +64,7 @@ def documents(kind, count, seed=0):
         else:
             made.append(" ".join(words[i] for i in draw(len(words), 25)))
     return made
+
+
+BACKGROUND = torch.randn(8, 34, SIZES["hidden_size"], generator=torch.Generator().manual_seed(9))
+"""In place of what a base writes of itself, for fits whose gates are not looked at."""

@@ -11,18 +11,23 @@ from tether._version import __version__
 from tether.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from tether import cauchy, theory
+    from tether import cauchy, merge, router, theory
     from tether.causal.config import CausalQwenConfig
     from tether.causal.loading import load, load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
     from tether.causal.noise import Noise
     from tether.causal.numbers import NumericTokenizer
+    from tether.delta.adapter import Adapter
+    from tether.delta.adapter_learning import learn_adapter
+    from tether.delta.adapter_serving import serve
     from tether.delta.certificate import Certificate, certify, verify
     from tether.delta.delta import Delta
+    from tether.delta.export import export_plain
     from tether.delta.fusion import fuse, save_checkpoint
     from tether.delta.learning import learn_delta
 
 _NAMES = {
+    "Adapter": "tether.delta.adapter",
     "CausalQwenConfig": "tether.causal.config",
     "CausalQwenForCausalLM": "tether.causal.modeling",
     "Certificate": "tether.delta.certificate",
@@ -30,16 +35,20 @@ _NAMES = {
     "Noise": "tether.causal.noise",
     "NumericTokenizer": "tether.causal.numbers",
     "certify": "tether.delta.certificate",
+    "export_plain": "tether.delta.export",
     "fuse": "tether.delta.fusion",
+    "learn_adapter": "tether.delta.adapter_learning",
     "learn_delta": "tether.delta.learning",
     "load": "tether.causal.loading",
     "load_backbone": "tether.causal.loading",
     "save_checkpoint": "tether.delta.fusion",
+    "serve": "tether.delta.adapter_serving",
     "verify": "tether.delta.certificate",
 }
-_PACKAGES = ("causal", "cauchy", "delta", "theory")
+_PACKAGES = ("causal", "cauchy", "delta", "merge", "router", "theory")
 
 __all__ = [
+    "Adapter",
     "CausalQwenConfig",
     "CausalQwenForCausalLM",
     "Certificate",
@@ -49,11 +58,16 @@ __all__ = [
     "__version__",
     "cauchy",
     "certify",
+    "export_plain",
     "fuse",
+    "learn_adapter",
     "learn_delta",
     "load",
     "load_backbone",
+    "merge",
+    "router",
     "save_checkpoint",
+    "serve",
     "theory",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Make transformers know the model type `causal_qwen` without importing transformers now.
+"""Make transformers know the model types of tether without importing transformers now.
 
 `import tether` must be enough for `AutoModelForCausalLM.from_pretrained(converted)`, and must stay light
 for the command line. So the import of transformers' Auto modules is awaited, and the model registers
@@ -17,6 +17,7 @@ __all__ = ["register_when_needed"]
 _AWAITED = {
     "transformers.models.auto.configuration_auto": "tether.causal.config",
     "transformers.models.auto.modeling_auto": "tether.causal.modeling",
+    "tether.causal.modeling": "tether.delta.adapter_serving",
 }
 
 

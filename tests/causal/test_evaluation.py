@@ -104,6 +104,10 @@ def test_the_figures_are_those_of_the_formulas(numbers, form):
         inside.append(0.5 + math.atan(abs(t)) / math.pi)
     assert figures["value_nll"] == pytest.approx(sum(nll) / 3, rel=1e-5)
     assert figures["value_coverage_50"] == pytest.approx(sum(p <= 0.75 for p in inside) / 3)
+    assert figures["value_coverage_80"] == pytest.approx(sum(p <= 0.9 for p in inside) / 3)
+    values = [float(row["value"]) for row in valued]
+    spread = sum((value - sum(values) / 3) ** 2 for value in values)
+    assert figures["value_r2"] == pytest.approx(1 - sum(error**2 for error in errors) / spread, rel=1e-4)
     assert figures["value_coverage_90"] == pytest.approx(sum(p <= 0.95 for p in inside) / 3)
 
 

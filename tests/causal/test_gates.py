@@ -1,7 +1,7 @@
 import torch
 from torch.testing import assert_close
 
-from tether.causal.gates import gate_distance, gate_open, window_mean
+from tether.causal.gates import gate_distance, gate_open, gate_softmax, gate_stage, window_mean
 
 
 def test_window_mean_against_a_loop_with_padding(generator):
@@ -51,7 +51,68 @@ def test_distance_is_mahalanobis_in_the_kept_directions(generator):
     z = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     shift = z - center
     expected = torch.einsum("bti,ij,btj->bt", shift, torch.linalg.inv(covariance), shift)
-    assert_close(gate_distance(z, center[None], whitening[None])[0], expected)
+    full = torch.full((2, 3), 8.0, dtype=torch.float64)
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    assert_close(gate_distance(z, full, 8, center[None, None], whitening[None, None], none)[0], expected)
+
+
+def gaussians(generator):
+    """Two domains with two stages each: centers, two principal directions of six, one variance outside."""
+    center = torch.randn(2, 2, 6, generator=generator, dtype=torch.float64)
+    variance = 1 + 4 * torch.rand(2, 2, 2, generator=generator, dtype=torch.float64)
+    rest = 0.1 + torch.rand(2, 2, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(2, 2, 6, 6, generator=generator, dtype=torch.float64))[0]
+    whitening = (basis[..., :2] / variance.sqrt().unsqueeze(-2)).mT
+    spread = torch.cat([variance, rest.unsqueeze(-1).expand(2, 2, 4)], -1)
+    covariance = basis @ torch.diag_embed(spread) @ basis.mT
+    return center, whitening, 1 / rest, covariance
+
+
+def test_outside_the_kept_directions_one_variance_counts_and_each_stage_has_its_own(generator):
+    center, whitening, precision, covariance = gaussians(generator)
+    z = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    count = torch.tensor([1.0, 3.0, 4.0, 2.0, 4.0], dtype=torch.float64)
+    found = gate_distance(z, count, 4, center, whitening, precision)
+    for domain in range(2):
+        for row in range(5):
+            stage = int(count[row] == 4)
+            shift = z[row] - center[domain, stage]
+            expected = shift @ torch.linalg.solve(covariance[domain, stage], shift)
+            assert_close(found[domain, row], expected)
+
+
+def test_rows_of_zeros_measure_nothing(generator):
+    center, whitening, precision, _ = gaussians(generator)
+    padded = torch.cat([whitening, torch.zeros(2, 2, 3, 6, dtype=torch.float64)], dim=-2)
+    z, count = torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.full((5,), 4.0).double()
+    plain = gate_distance(z, count, 4, center, whitening, precision)
+    assert_close(gate_distance(z, count, 4, center, padded, precision), plain)
+    opened = torch.ones_like(plain)
+    assert_close(
+        gate_softmax(plain, opened, count, 4, padded, precision),
+        gate_softmax(plain, opened, count, 4, whitening, precision),
+    )
+
+
+def test_stages():
+    assert gate_stage(torch.arange(1.0, 9.0), 8, 5).tolist() == [0, 1, 2, 2, 3, 3, 3, 4]
+    assert gate_stage(torch.arange(0.0, 9.0), 8, 1).tolist() == [0] * 9
+    assert gate_stage(torch.tensor([1.0, 2.0]), 2, 2).tolist() == [0, 1]
+
+
+def test_the_softmax_gate_is_the_posterior_of_the_open_domains(generator):
+    center, whitening, precision, covariance = gaussians(generator)
+    z = center[0, :1] + 0.5 * torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    count = torch.full((4,), 4.0, dtype=torch.float64)
+    distance = gate_distance(z, count, 4, center, whitening, precision)
+    opened = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    found = gate_softmax(distance, opened, count, 4, whitening, precision)
+    density = [
+        torch.distributions.MultivariateNormal(center[k, 1], covariance[k, 1]).log_prob(z[0])
+        for k in range(2)
+    ]
+    assert_close(found[:, 0], torch.softmax(torch.stack(density), 0))
+    assert_close(found[:, 1:].T, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
 
 
 def test_each_count_has_its_own_threshold():

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tether.cauchy.charts import CHARTS
-from tether.delta.budget import Budget, Head, Reference, meet_budget, token_drift
+from tether.delta.budget import Budget, meet_budget
+from tether.delta.head import Head, Reference, token_drift
 from tether.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.certificate import Certificate, Settings, certify, read, verify
 from tether.delta.delta import Delta
-from tether.delta.fusion import fuse, save_checkpoint
+from tether.delta.fusion import fuse, save_checkpoint, unfuse
 from tether.delta.gate import Gate
 from tether.delta.windows import write_documents
 from tether.errors import CertificateError, ConfigError
@@ -116,6 +116,60 @@ def test_a_forged_seal_is_found_by_recomputing(copy):
     assert len(wrong) == 2
     assert "words.softmax_kl.mean" in wrong[0]
     assert "digits.bound.contexts" in wrong[1]
+
+
+@pytest.fixture(scope="module")
+def leashed(made, tmp_path_factory):
+    """A certificate of a leashed model that wrote texts itself."""
+    folder = tmp_path_factory.mktemp("leashed")
+    base, deltas = unfuse(CausalQwenForCausalLM.from_pretrained(made / "fused"))
+    fused = fuse(base, dict.fromkeys(deltas, 30.0), gated=False, leash=0.05)
+    save_checkpoint(fused, tiny.tokenizer(), folder / "fused")
+    write_documents(folder / "words.jsonl", tiny.documents("words", 6))
+    options = {"window": 48, "continuations": 2, "continuation_tokens": 20}
+    certify(base, fused, tiny.tokenizer(), folder / "words.jsonl", **options).save(folder / "cert.json")
+    return folder
+
+
+def test_a_leash_and_what_the_model_wrote_are_certified(leashed):
+    assert verify(leashed / "cert.json") == []
+    figures = read(leashed / "cert.json").figures["words"]
+    for part in (figures, figures["continuations"]):
+        assert part["softmax_kl"]["max"] <= 0.05 * (1 + 1e-3)
+        assert part["leash_pulled"] > 0
+        assert part["token_law"]["kl_at_most"]["max"] == pytest.approx(part["latent_drift"]["max"])
+    assert figures["continuations"]["tokens"] == 40
+
+
+@pytest.mark.parametrize("change", ["token", "prompt", "length", "vocabulary"])
+def test_texts_that_the_model_did_not_write_are_found(leashed, tmp_path, change):
+    content = json.loads((leashed / "cert.json").read_text())
+    ids = content["figures"]["words"]["continuations"]["ids"]
+    if change == "length":
+        ids[0].pop()
+        ids[1].pop()
+    else:
+        place = {"token": -3, "prompt": 4, "vocabulary": -1}[change]
+        ids[1][place] = 5000 if change == "vocabulary" else (ids[1][place] + 1) % 256
+    shutil.copytree(leashed, tmp_path / "copy")
+    forged = Certificate(**content).sealed()
+    (tmp_path / "copy" / "cert.json").write_text(json.dumps(forged.model_dump(mode="json")))
+    assert any("words.continuations" in line for line in verify(tmp_path / "copy" / "cert.json"))
+
+
+def test_a_certificate_of_the_first_schema_still_holds(copy):
+    content = json.loads((copy / "cert.json").read_text())
+    content["schema_version"] = 1
+    for name in ("continuations", "continuation_tokens", "seed"):
+        del content["settings"][name]
+    for figures in content["figures"].values():
+        del figures["token_law"], figures["leash_pulled"]
+    older = Certificate(**content).sealed()
+    (copy / "cert.json").write_text(json.dumps(older.model_dump(mode="json")))
+    assert verify(copy / "cert.json") == []
+    older.figures["words"]["nll"] *= 1.1
+    (copy / "cert.json").write_text(json.dumps(older.sealed().model_dump(mode="json")))
+    assert len(verify(copy / "cert.json")) == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"schema_version": 99}', "\x00\x01"])

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_open, window_mean
-from tether.delta.gate import fit_gate
+from tether.delta.background import write_background
+from tether.delta.gate import Gate, describe_gates, fit_gate, put_gate, take_gate
 from tether.errors import ConfigError
 
 
@@ -12,7 +14,9 @@ def open_rate(gate, cache):
         states = torch.zeros(*batch.mask.shape, cache.states.shape[1])
         states[batch.mask] = cache.states[cache.windows.positions(batch)].float()
         mean, count, _ = window_mean(states, batch.mask, len(gate.threshold))
-        distance = gate_distance(mean, gate.center[None], gate.whitening[None])
+        window = len(gate.threshold)
+        statistics = (values[None] for values in (gate.center, gate.whitening, gate.precision))
+        distance = gate_distance(mean, count, window, *statistics)
         rates.append(gate_open(distance, count, gate.threshold[None])[0][batch.mask])
     return float(torch.cat(rates).mean())
 
@@ -30,10 +34,71 @@ def test_the_accepted_share_is_the_quantile_on_documents_not_fitted_on(caches):
 
 def test_whitened_means_have_unit_variance(caches):
     gate = fit_gate(caches["digits"], window=8, rank=12)
-    assert gate.whitening.shape == (12, 32)
+    assert gate.whitening.shape == (5, 12, 32)
     assert gate.threshold.shape == (8,)
-    gram = gate.whitening.double() @ gate.whitening.double().T
+    gram = gate.whitening[-1].double() @ gate.whitening[-1].double().T
     assert bool((gram - torch.diag(gram.diagonal())).abs().max() < 1e-3 * gram.max())
+
+
+@pytest.fixture(scope="module")
+def background(model):
+    return write_background(model, texts=64, length=24)
+
+
+def test_the_background_is_what_the_base_writes(model, background):
+    assert background.shape == (64, 24, 32)
+    again = write_background(model, texts=64, length=24, at_once=16)
+    assert torch.isfinite(again).all()
+    # States of the text itself: the first depends on its first token alone, so few values occur often.
+    starts = torch.unique(background[:, 0].round(decimals=3), dim=0)
+    assert 1 < len(starts) < 64
+    with torch.no_grad():
+        single = model.backbone(torch.arange(258)[:, None], use_cache=False).last_hidden_state[:, 0]
+    assert float(torch.cdist(background[:, 0], single).min(-1).values.max()) < 2e-2
+
+
+def test_with_a_background_a_gate_opens_early_only_where_the_base_would_not_write(caches, background):
+    with_it = fit_gate(caches["digits"], window=16, rank=16, background=background)
+    without = fit_gate(caches["digits"], window=16, rank=16)
+    assert bool((without.threshold[:7] < 0).all())
+    assert bool((with_it.threshold[:7] >= 0).all())
+    mask = torch.ones(64, 24, dtype=torch.bool)
+    mean, count, _ = window_mean(background, mask, 16)
+    statistics = (values[None] for values in (with_it.center, with_it.whitening, with_it.precision))
+    distance = gate_distance(mean, count, 16, *statistics)
+    opened = gate_open(distance, count, with_it.threshold[None])[0]
+    full = float(opened[:, 15:].mean())
+    for stage in (slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 8), slice(8, 15)):
+        assert float(opened[:, stage].mean()) <= full + 0.02 + 1e-6
+    assert open_rate(with_it, caches["digits"]) > open_rate(without, caches["digits"])
+
+
+def test_gates_of_all_shapes_go_into_a_fusion_and_come_back(model, caches, background):
+    gates = {
+        "staged": fit_gate(caches["digits"], window=8, rank=12, background=background),
+        "plain": Gate(torch.zeros(32), torch.randn(3, 32), torch.full((8,), 9.0)),
+    }
+    description = {
+        "domains": list(gates),
+        "native": ["symmetric"] * 2,
+        "weights": [1.0, 1.0],
+        "chart": "symmetric",
+    }
+    description |= {"gated": True, "location_only": True} | describe_gates(list(gates.values()))
+    fusion = Fusion(32, 32, description)
+    z, mask = torch.randn(2, 20, 32), torch.ones(2, 20, dtype=torch.bool)
+    for row, (name, gate) in enumerate(gates.items()):
+        put_gate(fusion, row, gate, name)
+    mean = window_mean(z, mask, 8)[0]
+    distance = (torch.einsum("ph,bth->btp", gates["plain"].whitening, mean)).square().sum(-1)
+    assert torch.equal(fusion.gates(z, mask)[0][1], (distance <= 9.0).float())
+    again = Fusion(32, 32, description | describe_gates([take_gate(fusion, row) for row in range(2)]))
+    for row in range(2):
+        put_gate(again, row, take_gate(fusion, row), "again")
+    for name, parameter in fusion.named_parameters():
+        assert torch.equal(parameter, dict(again.named_parameters())[name])
+    with pytest.raises(ConfigError, match="same gate window"):
+        put_gate(fusion, 0, Gate(torch.zeros(32), torch.randn(3, 32), torch.full((9,), 9.0)), "delta 'a'")
 
 
 def test_bad_requests(caches):

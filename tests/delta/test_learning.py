@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.budget import Budget, Head, Reference, token_drift
+from tether.delta.budget import Budget
+from tether.delta.head import Head, Reference, token_drift
 from tether.delta.learning import anchor_text, fit_delta, learn_delta, reference
 from tether.delta.objective import output_fisher
 from tether.delta.training import Fit
@@ -17,7 +18,9 @@ def fit(model, caches, name="digits", **options):
     chosen = Fit(
         budget=budget, epochs=4, batch=128, lr=3e-3, candidates=200, sampled=32, probe=100_000, **options
     )
-    anchor = anchor_text(model, caches["words"], caches["words-held-out"], tokens=100_000)
+    anchor = anchor_text(
+        model, caches["words"], caches["words-held-out"], tokens=100_000, background=tiny.BACKGROUND
+    )
     return fit_delta(model, caches["digits"], anchor, name, chosen)
 
 

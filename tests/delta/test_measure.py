@@ -66,6 +66,34 @@ def test_measured_is_what_the_fused_model_does(model, case, chart, gated):
     assert bool((result.latent_drift <= result.bound * (1 + 1e-5) + 1e-9).all())
 
 
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize(("nats", "metric"), [(3e-5, "softmax"), (0.4, "latent")])
+def test_measured_with_a_leash_is_what_the_leashed_model_does(model, case, chart, nats, metric):
+    windows, deltas = case
+    fused = fuse(model, deltas, chart=chart, leash=nats, leash_metric=metric)
+    variant = Variant((1.0, 0.5), chart, True, nats, metric)
+    result = measure(model, fuse(model, deltas).fusion, windows, [variant])
+    kl, drift, nll = [], [], []
+    for start, end in zip(windows.starts[:-1], windows.starts[1:], strict=True):
+        ids = windows.input_ids[start:end][None]
+        with torch.no_grad():
+            before, after = model(input_ids=ids), fused(input_ids=ids)
+        kl.append(softmax_shift(before.logits[0].log_softmax(-1), after.logits[0] - before.logits[0])[0])
+        nll.append(-after.logits[0].log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[:, 0])
+        laws = [
+            torch.distributions.Cauchy(out.latent_loc[0].double(), out.latent_log_scale[0].double().exp())
+            for out in (before, after)
+        ]
+        drift.append(torch.distributions.kl_divergence(*laws).sum(-1).float())
+    assert_close(result.softmax_kl[0], torch.cat(kl), rtol=2e-2, atol=1e-7)
+    assert_close(result.latent_drift[0], torch.cat(drift), rtol=2e-2, atol=1e-4)
+    assert_close(result.nll[0], torch.cat(nll), rtol=1e-4, atol=1e-4)
+    held = result.softmax_kl if metric == "softmax" else result.latent_drift
+    assert float(held.max()) <= nats * (1 + 1e-2 * (metric == "softmax"))
+    assert 0.1 < float((result.leash < 1).float().mean()) < 1
+    assert bool((result.latent_drift <= result.bound * (1 + 1e-5) + 1e-9).all())
+
+
 def test_the_bound_of_one_delta_alone_is_its_own_drift(model, case):
     windows, deltas = case
     result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.0), "symmetric", False)])

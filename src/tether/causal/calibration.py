@@ -40,6 +40,7 @@ class Point(NamedTuple):
     normalised_nll: float
 
 
+@torch.no_grad()
 def greedy_share(action: Any, loc: Tensor, scale: float, noise: Tensor | None) -> float:
     """Share of positions at which a sampled token is the greedy one.
 
@@ -65,6 +66,7 @@ def greedy_share(action: Any, loc: Tensor, scale: float, noise: Tensor | None) -
     return total / len(loc)
 
 
+@torch.no_grad()
 def match_diversity(action: Any, loc: Tensor, *, generator: torch.Generator, rounds: int = 12) -> float:
     """Find the scale of U at which causal sampling is as diverse as softmax at temperature 1.
 
@@ -90,6 +92,7 @@ def match_diversity(action: Any, loc: Tensor, *, generator: torch.Generator, rou
     return float(torch.tensor((low + high) / 2).exp())
 
 
+@torch.no_grad()
 def frontier(action: Any, loc: Tensor, scale: float, targets: Tensor) -> list[Point]:
     """Measure many choices of class noise and threshold.
 

@@ -71,7 +71,7 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         value_loss_weight: lambda of the total loss, >= 0.
         ovr_impl: form of the one-vs-rest loss: `dense`, `chunked` or `sampled`.
         calibration: figures of the calibration this model went through, or None.
-        fusion: description of the fused deltas, or None: chart, gated, domains, weights, location_only.
+        fusion: description of the fused deltas, or None: chart, gated, domains, weights, location_only, leash.
         base_fingerprint: hash of the backbone's weights, set by `from_backbone`; deltas are bound to it.
         initializer_range: standard deviation for the value head's start.
     """

@@ -17,6 +17,8 @@ __all__ = ["calibration_error", "evaluate"]
 
 _PAIRS = 2**22
 """Pairs of a token and a class held at once: a few buffers of 16 MB."""
+_SHARES = (0.5, 0.8, 0.9)
+"""Central intervals whose coverage is measured."""
 
 
 def calibration_error(probs: Tensor, hits: Tensor, bins: int = 15) -> float:
@@ -77,9 +79,9 @@ def evaluate(
         (`calibration_error`); likewise `ovr_nll_calibration_error` of P_k / sum P and
         `softmax_calibration_error`. With numbers among them also `value_count`, `value_median_error` (median
         of |value - median of Y|, in the units of the numbers), `value_nll` (gated, with P_NUM of the
-        one-vs-rest decision, in the units of the value transform), `value_coverage_50` and
-        `value_coverage_90` (share inside the central intervals of the predicted Cauchy law); without, 0 and
-        None.
+        one-vs-rest decision, in the units of the value transform), `value_r2` (1 - sum (value - median of Y)^2
+        / sum (value - mean value)^2; nan for one value), and `value_coverage_50`, `_80` and `_90` (share inside
+        the central intervals of the predicted Cauchy law); without, 0 and None.
 
     Raises:
         ConfigError: nothing to score in the text.
@@ -165,7 +167,8 @@ def _means(found: dict[str, Tensor], bins: int) -> dict[str, Any]:
 
 def _value_figures(model: CausalQwenForCausalLM, found: dict[str, Tensor]) -> dict[str, Any]:
     count = len(found["value"]) if found else 0
-    names = ("value_median_error", "value_nll", "value_coverage_50", "value_coverage_90")
+    names = ["value_median_error", "value_nll", "value_r2"]
+    names += [f"value_coverage_{round(100 * share)}" for share in _SHARES]
     if not count:
         return {"value_count": 0, **dict.fromkeys(names)}
     loc, scale, value = found["loc"], found["scale"], found["value"]
@@ -181,8 +184,10 @@ def _value_figures(model: CausalQwenForCausalLM, found: dict[str, Tensor]) -> di
     )
     distance = (wanted - loc).abs() / scale
     # The central share q of a Cauchy law lies within tan(pi q / 2) scales of its median.
-    covered = [float((distance <= math.tan(math.pi * share / 2)).double().mean()) for share in (0.5, 0.9)]
+    covered = [float((distance <= math.tan(math.pi * share / 2)).double().mean()) for share in _SHARES]
+    spread = float((value - value.mean()).square().sum())
+    fit = 1 - float(error.square().sum()) / spread if spread else math.nan
     return {
         "value_count": count,
-        **dict(zip(names, (float(error.quantile(0.5)), float(nll), *covered), strict=True)),
+        **dict(zip(names, (float(error.quantile(0.5)), float(nll), fit, *covered), strict=True)),
     }

@@ -1,4 +1,4 @@
-"""Fused deltas inside the model: hidden state -> deltas -> gates -> chart -> moved law of U."""
+"""Fused deltas inside the model: hidden state -> deltas -> gates -> chart -> leash -> moved law of U."""
 
 from typing import Any, NamedTuple
 
@@ -6,34 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from tether.cauchy.charts import CHARTS, from_chart, fuse
-from tether.causal.gates import gate_distance, gate_open, window_mean
+from tether.causal.gates import GATES, gate_distance, gate_open, gate_softmax, window_mean
+from tether.causal.leash import check_leash, leash_law
+from tether.causal.score_leash import leash_scores, location_path
 from tether.errors import ConfigError
 
 __all__ = ["FusedLatent", "Fusion"]
 
 
 class FusedLatent(NamedTuple):
-    """What a fusion did to one batch.
+    """What a fusion did to one batch of T positions, K of them kept.
 
     Attributes:
-        loc: moved loc of U, shape (..., C).
-        log_scale: moved log scale of U, shape (..., C).
-        x: fused change of log scale, shape (..., C).
-        y: fused change of loc in units of the base scale, shape (..., C).
-        gates: weight factor of each domain per context, shape (N, ...), in [0, 1].
+        loc: moved loc of U, shape (B, K, C).
+        log_scale: moved log scale of U, shape (B, K, C).
+        factor: share of the move that the leash left, shape (B, K), in [0, 1]; 1 where it did not bind.
+        scores: loc_S of the moved law where the leash had to compute them and they are wanted, shape (B, K, V).
+        gates: weight factor of each domain per context, shape (N, B, T), in [0, 1].
         gate_state: what the gates must remember for the next call, or None when ungated.
     """
 
     loc: Tensor
     log_scale: Tensor
-    x: Tensor
-    y: Tensor
+    factor: Tensor
+    scores: Tensor | None
     gates: Tensor
     gate_state: Tensor | None
 
 
 class Fusion(nn.Module):
-    """N deltas of the abduction head, added in one chart, each behind its gate if gated.
+    """N deltas of the abduction head, added in one chart, each behind its gate if gated, all on one leash.
 
     A delta is linear in the hidden state in its own chart (`native`): it outputs the two coordinates of
     that chart. All deltas are converted per context to the chart in which they are added, so a single
@@ -43,10 +45,11 @@ class Fusion(nn.Module):
         hidden_size: width H of the hidden state.
         latent_size: dimensions C of U.
         description: `CausalQwenConfig.fusion`: domains, native, weights, chart, gated, location_only,
-            and for gated fusions gate_window and gate_rank.
+            layers (middle layers that deltas read), leash (None, or its nats and metric), and for gated
+            fusions gate_window, gate_rank, gate_stages and gate.
 
     Raises:
-        ConfigError: the description names an unknown chart or its lists differ in length.
+        ConfigError: the description names an unknown chart or leash, or its lists differ in length.
     """
 
     def __init__(self, hidden_size: int, latent_size: int, description: dict[str, Any]) -> None:
@@ -66,24 +69,40 @@ class Fusion(nn.Module):
             )
         self.gated: bool = bool(description["gated"])
         self.location_only: bool = bool(description["location_only"])
+        leash = description.get("leash")
+        self.leash: tuple[float, str] | None = None
+        if leash is not None:
+            self.leash = float(leash["nats"]), str(leash["metric"])
+            check_leash(*self.leash)
         count = len(weights)
+        self.hidden_size = hidden_size
+        self.layers: tuple[int, ...] = tuple(description.get("layers", ()))
+        width = hidden_size * (1 + len(self.layers))
         # Plain numbers from the config: a buffer outside the checkpoint would be left unset on loading.
         self.weights = tuple(weights)
-        self.second = nn.Parameter(torch.zeros(count, latent_size, hidden_size), requires_grad=False)
+        self.second = nn.Parameter(torch.zeros(count, latent_size, width), requires_grad=False)
         if not self.location_only:
-            self.first = nn.Parameter(torch.zeros(count, latent_size, hidden_size), requires_grad=False)
+            self.first = nn.Parameter(torch.zeros(count, latent_size, width), requires_grad=False)
         if self.gated:
             self.window: int = int(description["gate_window"])
             rank = int(description["gate_rank"])
-            self.gate_center = nn.Parameter(torch.zeros(count, hidden_size), requires_grad=False)
-            self.gate_whitening = nn.Parameter(torch.zeros(count, rank, hidden_size), requires_grad=False)
+            stages = int(description.get("gate_stages", 1))
+            self.gate: str = description.get("gate", GATES[0])
+            if self.gate not in GATES:
+                raise ConfigError(f"gate={self.gate!r}: expected one of {', '.join(GATES)}")
+            self.gate_center = nn.Parameter(torch.zeros(count, stages, hidden_size), requires_grad=False)
+            self.gate_whitening = nn.Parameter(
+                torch.zeros(count, stages, rank, hidden_size), requires_grad=False
+            )
+            self.gate_precision = nn.Parameter(torch.zeros(count, stages), requires_grad=False)
             self.gate_threshold = nn.Parameter(torch.zeros(count, self.window), requires_grad=False)
 
     def deltas(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate every delta alone, with weight 1 and its gate open.
 
         Args:
-            hidden_states: z, shape (..., H).
+            hidden_states: z, shape (..., H), followed by the states of `layers`, shape (..., H (1 + L)), where
+                deltas read them; see `tether.causal.features`.
 
         Returns:
             x and y, shape (N, ..., C) each, float32.
@@ -103,7 +122,7 @@ class Fusion(nn.Module):
         """Decide per context which deltas act.
 
         Args:
-            hidden_states: z, shape (B, T, H).
+            hidden_states: z, shape (B, T, H), alone or followed by the states of `layers`; gates read z.
             mask: which positions carry a token, shape (B, T), bool.
             state: returned by the call for the text before.
 
@@ -112,9 +131,14 @@ class Fusion(nn.Module):
         """
         if not self.gated:
             return hidden_states.new_ones(len(self.domains), *mask.shape, dtype=torch.float32), None
-        mean, count, state = window_mean(hidden_states, mask, self.window, state)
-        distance = gate_distance(mean, self.gate_center.float(), self.gate_whitening.float())
-        return gate_open(distance, count, self.gate_threshold.float()), state
+        last = hidden_states[..., : self.hidden_size]
+        mean, count, state = window_mean(last, mask, self.window, state)
+        whitening, precision = self.gate_whitening.float(), self.gate_precision.float()
+        distance = gate_distance(mean, count, self.window, self.gate_center.float(), whitening, precision)
+        opened = gate_open(distance, count, self.gate_threshold.float())
+        if self.gate == "softmax":
+            opened = gate_softmax(distance, opened, count, self.window, whitening, precision)
+        return opened, state
 
     def add(self, x: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Add the deltas in the fusion's chart with weights times gates.
@@ -130,21 +154,78 @@ class Fusion(nn.Module):
         weights = torch.tensor(self.weights, dtype=x.dtype, device=x.device)
         return fuse(x, y, weights.reshape(-1, *[1] * (gates.dim() - 1)) * gates.to(x.dtype), chart=self.chart)
 
+    def leashed(
+        self,
+        loc: Tensor,
+        log_scale: Tensor,
+        x: Tensor,
+        y: Tensor,
+        head: tuple[Tensor, Tensor | None] | None = None,
+        *,
+        keep_scores: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Move a law by fused deltas, no further than the leash allows.
+
+        Args:
+            loc: base loc of U, shape (..., C), float32.
+            log_scale: base log scale of U, shape (..., C), float32.
+            x: fused change of log scale, shape (..., C).
+            y: fused change of loc in units of the base scale, shape (..., C).
+            head: weight and bias of the model's output head; only used for a leash in `softmax`.
+            keep_scores: whether scores that the leash computes are wanted.
+
+        Returns:
+            loc and log scale, shape (..., C) each; the factors, shape (...); the scores or None.
+
+        Raises:
+            ConfigError: a leash in metric `softmax` without the head.
+        """
+        if self.leash is None:
+            return loc + log_scale.exp() * y, log_scale + x, loc.new_ones(loc.shape[:-1]), None
+        nats, metric = self.leash
+        if metric == "latent":
+            law = leash_law(loc, log_scale, x, y, nats, self.chart)
+            return *law, None
+        if head is None:
+            raise ConfigError("a leash in metric 'softmax' without head: expected the model's output head")
+        moved, moved_log_scale = loc + log_scale.exp() * y, log_scale + x
+        with torch.no_grad():
+            factor, scores = leash_scores(head, loc, moved, nats, keep=keep_scores)
+        pulled = (factor < 1).unsqueeze(-1)
+        if bool(pulled.any()):
+            near_x, near_y = location_path(x, y, factor)
+            moved = torch.where(pulled, loc + log_scale.exp() * near_y, moved)
+            moved_log_scale = torch.where(pulled, log_scale + near_x, moved_log_scale)
+        return moved, moved_log_scale, factor, scores
+
     def forward(
-        self, hidden_states: Tensor, loc: Tensor, log_scale: Tensor, mask: Tensor, state: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        loc: Tensor,
+        log_scale: Tensor,
+        mask: Tensor,
+        state: Tensor | None = None,
+        *,
+        kept: slice = slice(None),
+        head: tuple[Tensor, Tensor | None] | None = None,
+        keep_scores: bool = False,
     ) -> FusedLatent:
         """Move the law of U.
 
         Args:
-            hidden_states: z, shape (B, T, H).
+            hidden_states: z, shape (B, T, H), followed by the states of `layers` where deltas read them.
             loc: base loc of U, shape (B, T, C), float32.
             log_scale: base log scale of U, shape (B, T, C), float32.
             mask: which positions carry a token, shape (B, T), bool.
             state: gate state of the text before.
+            kept: positions whose law is wanted; gates see all.
+            head: weight and bias of the model's output head, for a leash in metric `softmax`.
+            keep_scores: whether scores that the leash computes are wanted.
 
         Returns:
-            The moved law with what moved it. Where every gate is closed the law is the base's bit for bit.
+            The moved law at the kept positions. Where every gate is closed it is the base's bit for bit.
         """
         gates, state = self.gates(hidden_states, mask, state)
-        x, y = self.add(*self.deltas(hidden_states), gates)
-        return FusedLatent(loc + log_scale.exp() * y, log_scale + x, x, y, gates, state)
+        x, y = self.add(*self.deltas(hidden_states[:, kept]), gates[:, :, kept])
+        law = self.leashed(loc[:, kept], log_scale[:, kept], x, y, head, keep_scores=keep_scores)
+        return FusedLatent(*law, gates, state)

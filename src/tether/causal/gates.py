@@ -1,15 +1,19 @@
 """One-class gates: whether the last few tokens look like a delta's own domain.
 
-A gate reads the causal mean of the hidden state over a short window, projects it on the domain's
-leading principal directions and compares the whitened squared distance with the domain's own quantile.
-It knows nothing of other domains or of base text, so it defaults to "off" on whatever is unfamiliar.
+A gate reads the causal mean of the hidden state over a short window and compares its Mahalanobis distance
+from the domain's own means with the domain's own quantile. The means of few tokens, at the start of a text,
+scatter in their own way, so each stage of a window has statistics of its own. A gate knows nothing of other
+domains or of base text, so it defaults to "off" on whatever is unfamiliar.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["gate_distance", "gate_open", "window_mean"]
+__all__ = ["GATES", "gate_distance", "gate_open", "gate_softmax", "gate_stage", "window_mean"]
+
+GATES = ("one-class", "softmax")
+"""Each delta acts where its own gate is open; or open gates share the context by the density of each."""
 
 
 def window_mean(
@@ -46,24 +50,110 @@ def window_mean(
     return mean, count, padded[:, padded.shape[1] - (window - 1) :]
 
 
+def gate_stage(count: Float[Tensor, "*batch"], window: int, stages: int) -> Int[Tensor, "*batch"]:
+    """Tell which statistics a window is measured by: those of 1, 2, 3-4, 5-8, ... tokens, or of a full window.
+
+    Args:
+        count: tokens in each window mean, in [0, window].
+        window: tokens of a full window.
+        stages: how many stages there are; with one, all counts share it.
+
+    Returns:
+        Stage of each context, in [0, stages - 1].
+
+    Example:
+        >>> gate_stage(torch.tensor([1.0, 2.0, 4.0, 5.0, 31.0, 32.0]), 32, 7)
+        tensor([0, 1, 2, 3, 5, 6])
+    """
+    stage = torch.log2(count.clamp(min=1)).ceil().long()
+    return torch.where(count >= window, stages - 1, stage.clamp(max=max(stages - 2, 0)))
+
+
 def gate_distance(
     mean_state: Float[Tensor, "*batch hidden"],
-    center: Float[Tensor, "domains hidden"],
-    whitening: Float[Tensor, "domains rank hidden"],
+    count: Float[Tensor, "*batch"],
+    window: int,
+    center: Float[Tensor, "domains stages hidden"],
+    whitening: Float[Tensor, "domains stages rank hidden"],
+    precision: Float[Tensor, "domains stages"],
 ) -> Float[Tensor, "domains *batch"]:
-    """Whitened squared distance of a mean state from each domain's center.
+    """Squared distance of a mean state from each domain, by the statistics of the stage its window is in.
+
+    Mahalanobis distance under a covariance with P principal directions and one variance, 1 / precision, in
+    all others: `sum_p (w_p . d)^2 + precision (|d|^2 - sum_p (u_p . d)^2)`, u_p = w_p / |w_p|, d from the
+    center.
 
     Args:
         mean_state: causal means, shape (..., H).
-        center: mean of the domain's own window means, shape (N, H).
-        whitening: principal directions divided by their standard deviations, shape (N, P, H).
+        count: tokens in each, shape (...), in [0, window].
+        window: tokens of a full window.
+        center: mean of the domain's own means at each stage, shape (N, S, H).
+        whitening: principal directions divided by their standard deviations, shape (N, S, P, H); zero rows
+            measure nothing.
+        precision: of the directions outside, shape (N, S), >= 0; with 0 they do not count.
 
     Returns:
-        Squared Mahalanobis distances within the P directions, shape (N, ...).
+        Squared distances, shape (N, ...).
+
+    Reference:
+        Tipping and Bishop 1999, Probabilistic principal component analysis, eq. 5.
     """
-    projected = torch.einsum("nph,...h->n...p", whitening, mean_state)
-    shift = torch.einsum("nph,nh->np", whitening, center)
-    return (projected - shift.reshape(len(shift), *[1] * (mean_state.dim() - 1), -1)).square().sum(-1)
+    flat, stage = mean_state.flatten(0, -2), gate_stage(count, window, center.shape[1]).flatten()
+    found: Tensor = flat.new_zeros(len(center), len(flat))
+    for number in stage.unique().tolist():
+        rows = stage == number
+        found[:, rows] = _distance(
+            flat[rows], center[:, number], whitening[:, number], precision[:, number, None]
+        )
+    return found.reshape(len(center), *mean_state.shape[:-1])
+
+
+def _distance(mean: Tensor, center: Tensor, whitening: Tensor, precision: Tensor) -> Tensor:
+    shift = torch.einsum("nph,nh->np", whitening, center).unsqueeze(1)
+    projected = (torch.einsum("nph,th->ntp", whitening, mean) - shift).square()
+    length = whitening.square().sum(-1)
+    # What a principal direction measures is taken off the rest.
+    share = torch.where(length > 0, 1 - precision / length.clamp(min=1e-30), 0.0)
+    inside = torch.einsum("ntp,np->nt", projected, share)
+    whole = mean.square().sum(-1) - 2 * center @ mean.T + center.square().sum(-1, keepdim=True)
+    total: Tensor = inside + precision * whole.clamp(min=0)
+    return total
+
+
+def gate_softmax(
+    distance: Float[Tensor, "domains *batch"],
+    opened: Float[Tensor, "domains *batch"],
+    count: Float[Tensor, "*batch"],
+    window: int,
+    whitening: Float[Tensor, "domains stages rank hidden"],
+    precision: Float[Tensor, "domains stages"],
+) -> Float[Tensor, "domains *batch"]:
+    """Share a context among the domains whose gates are open, by the density that each gives it.
+
+    The gates' own statistics are Gaussians, so `softmax(-(distance + log det) / 2)` is the posterior of the
+    known domains at equal prior: nothing has to be trained, and a domain can be added or removed.
+
+    Args:
+        distance: squared distances, shape (N, ...).
+        opened: one-class gates, 0 or 1, shape (N, ...).
+        count: tokens in each window mean, shape (...).
+        window: tokens of a full window.
+        whitening: see `gate_distance`.
+        precision: see `gate_distance`.
+
+    Returns:
+        Shares, shape (N, ...): 0 where closed, and adding up to 1 where any gate is open.
+    """
+    length = whitening.square().sum(-1)
+    kept = length > 0
+    outside = whitening.shape[-1] - kept.sum(-1)
+    log_det = -torch.where(kept, length, 1.0).log().sum(-1)
+    log_det = log_det - outside * torch.where(precision > 0, precision, 1.0).log()
+    stage = gate_stage(count, window, whitening.shape[1])
+    score = -(distance + log_det[:, stage]) / 2
+    score = score.masked_fill(opened == 0, -torch.inf)
+    shared: Tensor = torch.softmax(score, dim=0).nan_to_num()
+    return torch.where(opened.sum(0) > 0, shared, 0.0)
 
 
 def gate_open(

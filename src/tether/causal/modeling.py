@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from tether.cauchy.functional import from_noise
 from tether.causal.config import MODES, PRESETS, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
-from tether.causal.fused import Fusion
+from tether.causal.features import join_features
+from tether.causal.fused import FusedLatent, Fusion
 from tether.causal.generation import CausalGeneration, text_positions
 from tether.causal.layers import Abduction, Action, NumericEmbedding
 from tether.causal.noise import Noise, truncate
@@ -158,23 +159,34 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
         return embedding
 
     def latent(
-        self, hidden_states: Tensor, mask: Tensor, gate_state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Infer the law of U from hidden states, fusion included.
+        self,
+        hidden_states: Tensor,
+        mask: Tensor,
+        gate_state: Tensor | None = None,
+        kept: slice = slice(None),
+        *,
+        keep_scores: bool = False,
+    ) -> FusedLatent | tuple[Tensor, Tensor, None, None, None, None]:
+        """Infer the law of U from hidden states, fusion and leash included.
 
         Args:
-            hidden_states: z, shape (B, T, H).
+            hidden_states: z, shape (B, T, H), followed by what the deltas read of other layers.
             mask: which positions carry a token, shape (B, T), bool.
             gate_state: what the gates remember of the text before.
+            kept: positions whose law is wanted.
+            keep_scores: whether scores that a leash computes are wanted.
 
         Returns:
-            loc and log scale of U, shape (B, T, C) each; gates, shape (N, B, T), or None; gate state or None.
+            See `FusedLatent`; without a fusion loc and log scale of U, shape (B, K, C) each, and four None.
         """
-        loc, log_scale = self.abduction(hidden_states)
+        loc, log_scale = self.abduction(hidden_states[..., : self.abduction.loc.in_features])
         if self.fusion is None:
-            return loc, log_scale, None, None
-        moved = self.fusion(hidden_states, loc, log_scale, mask, gate_state)
-        return moved.loc, moved.log_scale, moved.gates, moved.gate_state
+            return loc[:, kept], log_scale[:, kept], None, None, None, None
+        head = self.action.weight, self.action.bias
+        moved: FusedLatent = self.fusion(
+            hidden_states, loc, log_scale, mask, gate_state, kept=kept, head=head, keep_scores=keep_scores
+        )
+        return moved
 
     def forward(
         self,
@@ -230,6 +242,10 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
                 f"noise or truncation with mode={mode!r}: only mode 'causal' samples U; leave them out"
             )
         kwargs.pop("return_dict", None)
+        layers = () if self.fusion is None else self.fusion.layers
+        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if layers:
+            kwargs["output_hidden_states"] = True
         if numeric_values is not None:
             input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, numeric_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -243,15 +259,18 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        shape, device = hidden_states.shape[:2], hidden_states.device
+        hidden_states = join_features(outputs.last_hidden_state, outputs.hidden_states, layers)
+        shape, device = (hidden_states.shape[0], hidden_states.shape[1]), hidden_states.device
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask[:, -shape[1] :].bool()
         else:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
-        loc, log_scale, gates, gate_state = self.latent(hidden_states, mask, gate_state)
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        loc, log_scale = loc[:, kept], log_scale[:, kept]
+        # Scores that hold to a leash are the ones to serve; gradients go through those of the moved law.
+        serve = mode == "softmax" and return_logits and not torch.is_grad_enabled()
+        loc, log_scale, _, scores, gates, gate_state = self.latent(
+            hidden_states, mask, gate_state, kept, keep_scores=serve
+        )
         scale = log_scale.exp()
         value_loc, value_scale = self.action.values(loc, scale)
         latent, number = None, value_loc
@@ -260,7 +279,9 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             drawn = self._noise_for(noise, shape[0]).at(positions)
             latent = from_noise(truncate(drawn, truncation), loc, scale).float()
             number = self.action.values(latent, scale)[0]
-        logits = self._logits(mode, loc, scale, latent) if return_logits else None
+        logits = scores
+        if logits is None and return_logits:
+            logits = self._logits(mode, loc, scale, latent)
         losses: tuple[Tensor | None, ...] = (None, None, None)
         if labels is not None:
             values = numeric_values if value_labels is None else value_labels
@@ -280,7 +301,7 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             value_scale=value_scale,
             gates=gates,
             gate_state=gate_state,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if asked or not layers else None,
             attentions=outputs.attentions,
         )
 

@@ -30,15 +30,17 @@ class CausalObjective:
         values: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         targets = labels[:, 1:].reshape(-1)
-        loc, scale = (tensor[:, :-1].flatten(0, 1) for tensor in (loc, scale))
+        scored = targets != IGNORE
         action = self.action
-        if mode == "softmax":
-            scores = action.score_loc(loc) if logits is None else logits[:, :-1].flatten(0, 1)
-            class_loss = softmax_loss(scores, targets)
-        else:
-            scored = targets != IGNORE
-            loc, scale, targets = loc[scored], scale[scored], targets[scored]
+        if logits is not None and mode == "softmax":
+            class_loss = softmax_loss(logits[:, :-1].flatten(0, 1), targets)
+        targets = targets[scored]
+        loc, scale = (tensor[:, :-1].flatten(0, 1)[scored] for tensor in (loc, scale))
+        if mode != "softmax":
             class_loss = self._ovr(loc, scale, targets)
+        elif logits is None:
+            # A prompt is not scored, and a product with the weight of all classes is half the cost of a position.
+            class_loss = softmax_loss(action.score_loc(loc), targets)
         number = self.config.num_token_id
         if values is not None and (number is None or values.shape != labels.shape):
             self._check_numbers(labels, values)
@@ -51,9 +53,7 @@ class CausalObjective:
                     "labels with <NUM> but no numeric_values: expected the numbers they stand for"
                 )
             return class_loss, class_loss, None
-        wanted = values[:, 1:].reshape(-1).to(loc.device)
-        if mode != "softmax":
-            wanted = wanted[scored]
+        wanted = values[:, 1:].reshape(-1).to(loc.device)[scored]
         self._check_numbers(targets[here], wanted[here])
         value_loss = self._value_loss(mode, loc[here], scale[here], wanted[here])
         return class_loss + self.config.value_loss_weight * value_loss, class_loss, value_loss

@@ -28,6 +28,8 @@ class TrainOptions:
         mode: `softmax` learns by cross-entropy of softmax(loc_S), `deterministic` by the one-vs-rest loss.
         untie: give the head a class weight of its own first, a copy of the embedding, so that `head` learns it.
         learn_threshold: learn C_k and the class noise too; mode `deterministic` only.
+        fit_values: after the last step, fit the value head to the text's numbers in closed form, see
+            `tether.causal.readout`; costs a pass over the text.
         samples: classes drawn for the sampled one-vs-rest loss; None takes the exact one.
         steps: optimizer steps; None takes `epochs`.
         epochs: passes over the text, where `steps` is None.
@@ -48,6 +50,7 @@ class TrainOptions:
     mode: Literal["softmax", "deterministic"] = "softmax"
     untie: bool = False
     learn_threshold: bool = False
+    fit_values: bool = False
     samples: int | None = None
     steps: int | None = None
     epochs: int = 1

@@ -17,6 +17,7 @@ from tether.causal.loading import weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.pairs import Document
+from tether.causal.readout import fit_values
 from tether.causal.resume import load_state, save_state
 from tether.causal.trainable import (
     Objective,
@@ -90,6 +91,11 @@ def train(
             "a numeric tokenizer for a model without <NUM>: call model.add_numbers(tokenizer) first"
         )
     examples = make_examples(documents, tokenizer, window=options.window, packed=options.packed)
+    if options.fit_values and (count := count_labels(examples.labels, model.config.num_token_id)[1]) < 3:
+        raise ConfigError(
+            f"fit_values with {count} numbers to learn: expected at least 3 and a model with <NUM> "
+            "(model.add_numbers(tokenizer)); give more text, or leave it out"
+        )
     folder = Path(folder).absolute()
     config = {
         "base": weights_fingerprint(model),
@@ -110,6 +116,9 @@ def train(
         accelerator.wait_for_everyone()
         loop = _Loop(accelerator, model, examples, options, trained, folder, run)
         curve = loop.run(on_step)
+        if options.fit_values:
+            with half_backbone(model, accelerator.device.type, options.mixed_precision):
+                fit_values(model, examples)
         model.config.base_fingerprint = weights_fingerprint(model)
         if run:
             _publish(model, tokenizer, folder / _MODEL, config)

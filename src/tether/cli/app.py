@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tether._version import __version__
-from tether.cli import causal, domains, training
+from tether.cli import causal, domains, export, ledger, merge, router, theory, training, weighing
 from tether.errors import TetherError
 
 __all__ = ["app", "main"]
@@ -23,13 +23,19 @@ app = typer.Typer(
 app.command()(domains.demo)
 app.command()(causal.convert)
 app.command()(domains.learn)
+app.command()(weighing.weigh)
 app.command()(domains.fuse)
 app.command()(domains.certify)
 app.command()(domains.verify)
+app.command()(router.route)
+app.command()(ledger.ledger)
+app.command()(export.export)
 app.command()(causal.generate)
 app.command()(causal.counterfactual)
 app.command()(training.train)
 app.command()(training.evaluate)
+app.add_typer(theory.app)
+app.add_typer(merge.merge_app, name="merge")
 
 
 def _show_version(asked: bool) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tether.cli.adapters import fuse_adapters, learn_adapter
+from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
@@ -53,71 +55,119 @@ def learn(
     chart: Annotated[
         str, typer.Option(help="Chart of the delta: symmetric, linear, geodesic, rootkl.")
     ] = "symmetric",
+    features: Annotated[
+        str, typer.Option(help="What the delta reads: last, or multi (three middle layers too).")
+    ] = "last",
+    location_only: Annotated[
+        bool, typer.Option("--location-only", help="Leave scales alone: exact to export.")
+    ] = False,
+    quantile: Annotated[
+        float | None, typer.Option(help="Limit this quantile of the drift instead of its mean.")
+    ] = None,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="Limit the drift of every training context, as the paper has it.")
+    ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use at most.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next fit.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Learn a PEFT adapter on the backbone instead of a delta: lora.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Learn a domain as a delta of the abduction head, on a drift budget."""
     quiet_libraries()
+    if adapter is not None:
+        # Options of deltas only, by the value they have when they are given.
+        delta_only = {
+            "penalty": penalty is not None, "chart": chart != "symmetric", "features": features != "last",
+            "location_only": location_only, "hard": hard,
+        }  # fmt: skip
+        learn_adapter(
+            adapter, model, text, base_text, out, budget=budget, metric=metric, quantile=quantile, tokens=tokens,
+            cache=cache, as_json=as_json, **delta_only,
+        )  # fmt: skip
+        return
     from tether.causal.loading import load
     from tether.delta.learning import check_options, learn_delta
 
     # All that can be wrong without the model is found before it is loaded.
-    check_options(text, base_text, budget=budget, metric=metric, penalty=penalty, chart=chart)
+    options: dict[str, Any] = {
+        "budget": budget, "metric": metric, "penalty": penalty, "chart": chart, "features": features,
+        "location_only": location_only, "quantile": quantile, "hard": hard,
+    }  # fmt: skip
+    check_options(text, base_text, **options)
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another name, or remove it")
     base, tokenizer = load(model)
     with reporter() as steps:
         delta = learn_delta(
-            base, tokenizer, text, base_texts=base_text, budget=budget, name=out.stem, metric=metric, penalty=penalty,
-            chart=chart, tokens=tokens, cache_folder=cache, on_step=steps(f"learning {out.stem}"),
+            base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
+            on_step=steps(f"learning {out.stem}"), **options,
         )  # fmt: skip
     delta.save(out)
     record = {key: value for key, value in delta.record.items() if key != "curve"}
-    held = (
-        ""
-        if penalty is not None
-        else f", drift on held-out base text {record['drift_base']:.4f} of {budget} nats"
-    )
+    of = "largest drift at a training context" if hard else "drift on held-out base text"
+    of = f"{quantile:g} quantile of the {of}" if quantile is not None else of
+    held = "" if penalty is not None else f", {of} {record['drift_base']:.4g} of {budget} nats ({metric})"
     own = f"; on its own text {record['drift_domain']['softmax']:.4f} (softmax KL)"
     emit({"path": str(out), **record}, as_json, f"{out}: {record['tokens']} tokens{held}{own}")
 
 
 def fuse(
-    model: Annotated[str, typer.Argument(help="The base the deltas were learnt on.")],
-    deltas: Annotated[
-        list[str], typer.Argument(help="Delta files, each with a weight if not 1: code.delta=0.5")
+    model: Annotated[
+        str, typer.Argument(help="The base the deltas were learnt on, or a fused checkpoint to change.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the fused checkpoint; must be new or empty.")],
-    chart: Annotated[str, typer.Option(help="symmetric, linear, geodesic or rootkl.")] = "symmetric",
+    deltas: Annotated[
+        list[str] | None, typer.Argument(help="Delta files, each with a weight if not 1: code.delta=0.5")
+    ] = None,
+    chart: Annotated[
+        str | None, typer.Option(help="symmetric (the default), linear, geodesic or rootkl.")
+    ] = None,
     gate: Annotated[
-        bool, typer.Option("--gate/--no-gate", help="Let each delta act only on its own domain.")
-    ] = True,
+        bool | None,
+        typer.Option("--gate/--no-gate", help="Let each delta act only on its own domain (the default)."),
+    ] = None,
+    leash: Annotated[
+        float | None,
+        typer.Option(help="Largest drift of any context when the model runs, nats; 0 takes a leash off."),
+    ] = None,
+    leash_metric: Annotated[
+        str, typer.Option(help="What the leash is in: softmax, or latent (the drift of U).")
+    ] = "softmax",
+    remove: Annotated[
+        list[str] | None, typer.Option(help="Domain to take out of a fused checkpoint; repeat for several.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Refuse a fusion whose mean drift on --text is larger, nats.")
+    ] = None,
+    budget_metric: Annotated[str, typer.Option(help="What the budget is in: softmax or latent.")] = "softmax",
+    text: Annotated[Path | None, typer.Option(help="General text on which the budget is checked.")] = None,
     as_json: JSON = False,
 ) -> None:
-    """Superpose deltas into one checkpoint that AutoModelForCausalLM loads."""
+    """Superpose deltas into one checkpoint that AutoModelForCausalLM loads, or change such a checkpoint."""
     quiet_libraries()
     from tether.cauchy.charts import CHARTS
-    from tether.causal.loading import load
-    from tether.delta.delta import Delta
-    from tether.delta.fusion import check_free, save_checkpoint
-    from tether.delta.fusion import fuse as fuse_deltas
+    from tether.delta.adapter import is_adapter
+    from tether.delta.fusion import check_free
 
     check_free(out)
-    if chart not in CHARTS:
+    if chart is not None and chart not in CHARTS:
         raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
-    weights = {Delta.load(path): weight for path, weight in map(_weighted, deltas)}
-    base, tokenizer = load(model)
-    fused = fuse_deltas(base, weights, chart=chart, gated=gate)
-    inputs = {delta.name: delta.path for delta in weights if delta.path is not None}
-    save_checkpoint(fused, tokenizer, out, inputs=inputs)
-    described: dict[str, Any] = fused.config.fusion
-    parts = " + ".join(f"{w:g} {n}" for n, w in zip(described["domains"], described["weights"], strict=True))
-    emit(
-        {"path": str(out), **described},
-        as_json,
-        f"{out}: {parts}, chart {chart}, {'gated' if gate else 'ungated'}",
-    )
+    paths = dict(map(_weighted, deltas or []))
+    if any(map(is_adapter, paths)):
+        beyond = {"remove": remove, "budget": budget, "text": text}
+        if asked := [f"--{name}" for name, value in beyond.items() if value]:
+            raise ConfigError(f"{', '.join(asked)} with adapters: expected deltas; leave it out")
+        fuse_adapters(
+            model, paths, out, chart=chart or "symmetric", gate=gate is not False, leash=leash or None,
+            leash_metric=leash_metric, as_json=as_json,
+        )  # fmt: skip
+        return
+    fuse_domains(
+        model, paths, out, chart=chart, gate=gate, leash=leash, leash_metric=leash_metric, remove=remove or [],
+        budget=budget, budget_metric=budget_metric, text=text, as_json=as_json,
+    )  # fmt: skip
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -140,6 +190,9 @@ def certify(
     text: Annotated[list[Path], typer.Option(help="Text to measure on; repeat for several.")],
     out: Annotated[Path, typer.Option(help="The certificate to write, JSON.")],
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text at most.")] = None,
+    continuations: Annotated[
+        int, typer.Option(min=0, help="Texts of 256 tokens the model writes after each text's beginnings.")
+    ] = 4,
     as_json: JSON = False,
 ) -> None:
     """Measure how far a fused model has moved from its base and put it on record."""
@@ -161,16 +214,32 @@ def certify(
             tokenizer,
             {path.stem: path for path in text},
             tokens=tokens,
+            continuations=continuations,
             on_step=steps("measuring"),
         )
     certificate.save(out)
     lines = [
         f"{name}: softmax KL {row['softmax_kl']['mean']:.5f} (p99 {row['softmax_kl']['p99']:.4f}), latent drift "
-        f"{row['latent_drift']['mean']:.4g}, {row['bound']['violations']} of {row['bound']['contexts']} contexts over "
-        f"the bound, NLL {row['nll_base']:.3f} -> {row['nll']:.3f}"
-        for name, row in certificate.figures.items()
+        f"{row['latent_drift']['mean']:.4g} ({_allowed(row)}), {row['bound']['violations']} of "
+        f"{row['bound']['contexts']} contexts over the bound, NLL {row['nll_base']:.3f} -> {row['nll']:.3f}"
+        for name, row in _with_continuations(certificate.figures).items()
     ]
     emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
+
+
+def _allowed(row: dict[str, Any]) -> str:
+    allowed, measured = row["bound"]["mean_allowed"], row["latent_drift"]["mean"]
+    return f"allowed {allowed:.4g}, ratio {measured / allowed if allowed > 0 else 0:.3f}"
+
+
+def _with_continuations(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Put what the model wrote itself beside each text."""
+    rows = {}
+    for name, row in figures.items():
+        rows[name] = row
+        if "continuations" in row:
+            rows[f"{name}, continued"] = row["continuations"]
+    return rows
 
 
 def verify(

@@ -5,21 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from tether.cauchy.charts import CHARTS, from_chart
-from tether.cauchy.divergence import drift
-from tether.delta.objective import chunk_rows, softmax_shift
+from tether.delta.head import METRICS
 from tether.errors import ConfigError
 
-__all__ = ["METRICS", "Budget", "Head", "Met", "Reference", "meet_budget", "token_drift"]
+__all__ = ["Budget", "Met", "cvar", "meet_budget"]
 
-METRICS = {
-    "softmax": "measured KL(base || tuned) of the served softmax",
-    "fisher": "its second-order form in the base's output Fisher",
-    "latent": "Cauchy drift of U, the metric of the theorems",
-}
 AIM = 0.98
 """Share of the budget that the last scaling aims at; anything in [0.95, 1] is accepted."""
 
@@ -29,15 +21,23 @@ class Budget:
     """A drift constraint on base text, or the source document's plain penalty.
 
     Attributes:
-        value: largest mean drift on base text, nats per token, > 0; None with a penalty.
+        value: largest drift on base text, nats per token, > 0; None with a penalty.
         metric: one of `METRICS`.
         penalty: lambda of the plain penalty on the latent drift at the domain's own contexts (spec document
             2), >= 0; then nothing is constrained.
+        quantile: which quantile of the drift over contexts the value limits, in (0, 1); None limits the mean.
+        hard: limit the drift of every single training context instead, of the domain and of base text, as
+            the source document writes its constraint.
+        stretch: largest factor, >= 1, by which a fit that ends below its budget is stretched to it. Such a
+            fit has found that more of this delta does not help its domain (docs/log.md).
     """
 
     value: float | None = 0.05
     metric: str = "softmax"
     penalty: float | None = None
+    quantile: float | None = None
+    hard: bool = False
+    stretch: float = 1.25
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -48,112 +48,65 @@ class Budget:
             raise ConfigError(f"budget={self.value}: expected a drift in nats per token, finite and > 0")
         if self.penalty is not None and not (math.isfinite(self.penalty) and self.penalty >= 0):
             raise ConfigError(f"penalty={self.penalty}: expected a finite number >= 0")
+        if self.quantile is not None and not 0 < self.quantile < 1:
+            raise ConfigError(f"quantile={self.quantile}: expected a share in (0, 1), or none for the mean")
+        if self.hard and (self.quantile is not None or self.penalty is not None):
+            raise ConfigError("a hard budget limits every context: leave out quantile and penalty")
+        if not self.stretch >= 1:
+            raise ConfigError(f"stretch={self.stretch}: expected a factor >= 1")
 
-
-class Head(NamedTuple):
-    """A delta while it is learnt.
-
-    Attributes:
-        first: head of the chart's first coordinate, shape (C, H), or None.
-        second: head of the second coordinate, shape (C, H).
-        chart: the chart.
-    """
-
-    first: Tensor | None
-    second: Tensor
-    chart: str
-
-    def displacement(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Move of the law of U.
+    def statistic(self, drifts: Tensor) -> Tensor:
+        """Condense drifts of contexts to what the value limits.
 
         Args:
-            states: z, shape (n, H).
+            drifts: nats, shape (n,).
 
         Returns:
-            x and y, shape (n, C) each.
-
-        Raises:
-            ConfigError: unknown chart.
+            Their mean, their quantile (the order statistic from above), or the largest; a scalar.
         """
-        if self.chart not in CHARTS:
-            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
-        second = states @ self.second.T
-        first = torch.zeros_like(second) if self.first is None else states @ self.first.T
-        return from_chart(first, second, self.chart)
+        if self.hard:
+            return drifts.max()
+        if self.quantile is None:
+            return drifts.mean()
+        rank = min(math.ceil(self.quantile * len(drifts)), len(drifts))
+        return drifts.kthvalue(max(rank, 1)).values
 
-    def scaled(self, factor: float) -> "Head":
-        """Shrink or stretch along the ray through the base.
+    def pressed(self, drifts: Tensor) -> Tensor:
+        """Give what a fit is penalised for: a mean whose gradient lowers the statistic.
 
         Args:
-            factor: applied to both heads.
+            drifts: nats at some contexts, shape (n,).
 
         Returns:
-            The scaled head.
+            The mean drift; for a quantile, that of the contexts from that quantile on (CVaR, its convex upper
+            bound); for a hard budget, the mean excess over the value, in contexts above it.
         """
-        first = None if self.first is None else self.first * factor
-        return Head(first, self.second * factor, self.chart)
+        if self.hard and self.value is not None:
+            return (drifts - self.value).clamp(min=0).mean()
+        if self.quantile is None:
+            return drifts.mean()
+        return cvar(drifts, self.quantile)
 
 
-class Reference(NamedTuple):
-    """Base quantities at some tokens.
-
-    Attributes:
-        states: z, shape (n, H), float32.
-        loc: base loc of U, shape (n, C), float32.
-        scale: base scale of U, shape (n, C), float32.
-    """
-
-    states: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def some(self, count: int) -> "Reference":
-        """Pick tokens spread evenly over the text, so that many documents take part.
-
-        Args:
-            count: how many at most.
-
-        Returns:
-            The selection.
-        """
-        index = torch.linspace(0, len(self.states) - 1, min(count, len(self.states))).long()
-        return Reference(*(values[index] for values in self))
-
-
-def token_drift(
-    metric: str, head: Head, at: Reference, *, weight: Tensor | None = None, fisher: Tensor | None = None
-) -> Tensor:
-    """Drift of each token in a metric.
+def cvar(values: Tensor, quantile: float) -> Tensor:
+    """Mean of the values from a quantile on, an upper bound of that quantile that is convex in the values.
 
     Args:
-        metric: one of `METRICS`.
-        head: the delta.
-        at: base quantities at n tokens.
-        weight: output head, shape (V, C), for `softmax`: two products with it a token.
-        fisher: output Fisher, shape (C, C), for `fisher`.
+        values: shape (n,).
+        quantile: in (0, 1).
 
     Returns:
-        Nats, shape (n,).
+        A scalar.
 
-    Raises:
-        ConfigError: unknown metric, or what it needs is missing.
+    Reference:
+        Rockafellar and Uryasev 2000, Optimization of conditional value-at-risk, for equal weights.
+
+    Example:
+        >>> import torch
+        >>> cvar(torch.arange(1.0, 11.0), 0.8)
+        tensor(9.5000)
     """
-    x, y = head.displacement(at.states)
-    if metric == "latent":
-        return drift(x, y).sum(-1)
-    move = at.scale * y
-    if metric == "fisher" and fisher is not None:
-        return 0.5 * ((move @ fisher) * move).sum(-1)
-    if metric == "softmax" and weight is not None:
-        rows = chunk_rows(weight)
-        parts = zip(at.loc.to(weight.dtype).split(rows), move.to(weight.dtype).split(rows), strict=True)
-        return torch.cat(
-            [
-                softmax_shift((loc @ weight.T).float().log_softmax(-1), (d @ weight.T).float())[0]
-                for loc, d in parts
-            ]
-        )
-    raise ConfigError(f"metric={metric!r}: expected one of {', '.join(METRICS)} with what it needs")
+    return values.topk(max(1, round((1 - quantile) * len(values)))).values.mean()
 
 
 class Met(NamedTuple):

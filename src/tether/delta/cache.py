@@ -1,9 +1,9 @@
-"""Hidden states of a text, computed once and memory-mapped from then on."""
+"""What deltas read of a text (hidden states, or those of several layers), computed once and memory-mapped."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,40 +12,119 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tether.causal.features import check_layers, join_features
 from tether.delta.windows import Batch, Windows
 from tether.errors import CheckpointError
 from tether.store.publish import publish_file
 
-__all__ = ["StateCache", "cache_states", "cached", "hidden_states", "load_states"]
+__all__ = [
+    "ShardedStates",
+    "StateCache",
+    "backbone_print",
+    "cache_states",
+    "cached",
+    "hidden_states",
+    "load_states",
+]
 
 BATCH = 8
 
 
 class StateCache(NamedTuple):
-    """A text's windows with the backbone's last hidden state at every token.
+    """A text's windows with what deltas read at every token.
 
     Attributes:
         windows: tokens, targets and documents.
-        states: z, shape (n, H), float16, memory-mapped when read from disk.
+        states: z, shape (n, H), or z followed by states of middle layers, shape (n, H (1 + L)); float16,
+            memory-mapped when read from disk. In several parts on disk: a `ShardedStates`.
         base: fingerprint of the backbone that made them.
+        layers: the middle layers.
     """
 
     windows: Windows
-    states: Tensor
+    states: "Tensor | ShardedStates"
     base: str
+    layers: tuple[int, ...] = ()
 
     def scored(self) -> tuple[Tensor, Tensor]:
         """Pick the tokens that have a next token.
 
         Returns:
-            Hidden states, shape (m, H), float32, and targets, shape (m,).
+            Features, shape (m, H (1 + L)), float32, and targets, shape (m,).
         """
         kept = self.windows.targets >= 0
         return self.states[kept].float(), self.windows.targets[kept]
 
+    def only(self, documents: Tensor) -> "StateCache":
+        """Restrict a text to some of its documents; their states are copied to memory.
+
+        Args:
+            documents: numbers of the documents, shape (D,).
+
+        Returns:
+            The text of those documents in the same order, documents numbered as before.
+        """
+        windows = self.windows
+        of_window = windows.documents[windows.starts[:-1]]
+        chosen = torch.isin(of_window, documents)
+        lengths = windows.starts.diff()
+        kept = chosen.repeat_interleave(lengths)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[chosen].cumsum(0)])
+        rest = Windows(windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts)
+        return StateCache(rest, self.states[kept], self.base, self.layers)
+
+
+class ShardedStates:
+    """States that lie in several files, indexed like one tensor; only the rows asked for are read.
+
+    Args:
+        parts: memory-mapped tensors, shapes (n_i, F).
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        self.shape = torch.Size((int(self.ends[-1]), parts[0].shape[1]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(len(self))[index]
+        elif index.dtype == torch.bool:
+            index = index.nonzero().squeeze(-1)
+        found = torch.empty(len(index), self.shape[1], dtype=self.parts[0].dtype)
+        of_part = torch.searchsorted(self.ends, index.contiguous(), right=True)
+        for number in of_part.unique().tolist():
+            rows = of_part == number
+            begin = int(self.ends[number]) - len(self.parts[number])
+            found[rows] = self.parts[number][index[rows] - begin]
+        return found
+
+    def float(self) -> Tensor:
+        """Read everything.
+
+        Returns:
+            All states, shape (n, F), float32.
+        """
+        return torch.cat([part.float() for part in self.parts])
+
+
+def backbone_print(model: Any) -> str:
+    """Give the fingerprint of a model's backbone, on which its states depend.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+
+    Returns:
+        The base's fingerprint, without what `align_latent` adds to it for another latent.
+    """
+    return str(model.config.base_fingerprint).partition("+")[0]
+
 
 @torch.no_grad()
-def hidden_states(model: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch, layers: Sequence[int] = ()) -> Tensor:
     """Run the backbone on a batch.
 
     Padding is on the right and attention is causal, so no mask is needed and the fast path is taken.
@@ -53,27 +132,34 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     Args:
         model: a CausalQwenForCausalLM.
         batch: from `Windows.batches`.
+        layers: middle layers to read beside the last, see `tether.causal.features`.
 
     Returns:
-        z, shape (B, T, H), float32, on the CPU.
+        z, shape (B, T, H), or with the middle layers beside it, shape (B, T, H (1 + L)); float32, on the CPU.
     """
     device = model.action.weight.device
-    output = model.backbone(input_ids=batch.input_ids.to(device), use_cache=False)
-    states: Tensor = output.last_hidden_state.float().cpu()
-    return states
+    asked = {"output_hidden_states": True} if layers else {}
+    output = model.backbone(input_ids=batch.input_ids.to(device), use_cache=False, **asked)
+    return join_features(output.last_hidden_state, output.hidden_states, layers).float().cpu()
 
 
 def cache_states(
-    model: Any, windows: Windows, path: Path, *, on_step: Callable[[dict[str, float]], None] | None = None
+    model: Any,
+    windows: Windows,
+    path: Path,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> StateCache:
     """Compute the states of a text in one backbone pass and publish them as one safetensors file.
 
-    Cost: one forward pass of the backbone, n x H x 2 bytes on disk, one batch in memory.
+    Cost: one forward pass of the backbone, n x H (1 + L) x 2 bytes on disk, one batch in memory.
 
     Args:
         model: a CausalQwenForCausalLM; its fusion, if any, is not used.
         windows: the text.
         path: the file to write.
+        layers: middle layers to keep beside the last.
         on_step: called with `done` and `total` tokens after each batch.
 
     Returns:
@@ -81,11 +167,15 @@ def cache_states(
 
     Raises:
         CheckpointError: a state does not fit float16.
-    """
-    count, width = len(windows.input_ids), model.abduction.loc.in_features
+        ConfigError: layers that the backbone does not have.
+    """  # noqa: DOC502 - raised by check_layers
+    check_layers(layers, model.config.get_text_config(decoder=True).num_hidden_layers)
+    count, width = len(windows.input_ids), model.abduction.loc.in_features * (1 + len(layers))
     tensors = {name: getattr(windows, name).numpy() for name in Windows._fields}
     header, offset = _header(
-        {**{k: (v.shape, "I64") for k, v in tensors.items()}, "states": ((count, width), "F16")}, model
+        {**{k: (v.shape, "I64") for k, v in tensors.items()}, "states": ((count, width), "F16")},
+        model,
+        layers,
     )
     size = offset + count * width * 2
     with publish_file(path, needed=size) as target:
@@ -99,7 +189,7 @@ def cache_states(
         states = np.memmap(target, dtype=np.float16, mode="r+", offset=offset, shape=(count, width))
         done = 0
         for batch in windows.batches(BATCH):
-            values = hidden_states(model, batch)[batch.mask]
+            values = hidden_states(model, batch, layers)[batch.mask]
             if not bool((values.abs() < 65504).all()):
                 raise CheckpointError(
                     f"a hidden state of size {values.abs().max():.3g} does not fit float16 (largest 65504); this base "
@@ -114,11 +204,17 @@ def cache_states(
     return load_states(path)
 
 
-def _header(entries: dict[str, tuple[tuple[int, ...], str]], model: Any) -> tuple[bytes, int]:
+def _header(
+    entries: dict[str, tuple[tuple[int, ...], str]], model: Any, layers: Sequence[int]
+) -> tuple[bytes, int]:
     # The safetensors layout: tensors laid end to end behind a JSON header; states are the last.
     size = {"I64": 8, "F16": 2}
     described: dict[str, Any] = {
-        "__metadata__": {"kind": "states", "base": str(model.config.base_fingerprint)}
+        "__metadata__": {
+            "kind": "states",
+            "base": backbone_print(model),
+            "layers": json.dumps(list(layers)),
+        }
     }
     end = 0
     for name, (shape, dtype) in entries.items():
@@ -154,27 +250,44 @@ def load_states(path: Path) -> StateCache:
     # The reader copies; the states are mapped instead, so that a large text costs pages, not memory.
     with safe_open(path, framework="pt") as stream:
         states = stream.get_tensor("states")
-    return StateCache(windows, states, metadata["base"])
+    layers = tuple(json.loads(metadata.get("layers", "[]")))
+    return StateCache(windows, states, metadata["base"], layers)
 
 
 def cached(
-    model: Any, windows: Windows, folder: Path, *, on_step: Callable[[dict[str, float]], None] | None = None
+    model: Any,
+    windows: Windows,
+    folder: Path,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> StateCache:
     """Reuse the states of a text if this folder has them for this base, else compute them.
+
+    A long text, or any text where several processes work together, is kept in parts: see
+    `tether.delta.shards`.
 
     Args:
         model: the base.
         windows: the text.
-        folder: where caches are kept, one file for each text and base.
+        folder: where caches are kept, one file or folder for each text, base and choice of layers.
+        layers: middle layers to keep beside the last.
         on_step: called with `done` and `total` tokens.
 
     Returns:
         The cache.
     """
-    digest = hashlib.sha256(str(model.config.base_fingerprint).encode())
+    from tether.delta.shards import PART_TOKENS, cache_shards, load_shards, together
+
+    digest = hashlib.sha256(backbone_print(model).encode())
     for values in windows:
         digest.update(values.numpy().tobytes())
-    path = folder / f"states-{digest.hexdigest()[:16]}.safetensors"
+    if layers:
+        digest.update(repr(tuple(layers)).encode())
+    name = f"states-{digest.hexdigest()[:16]}"
+    path, parts = folder / f"{name}.safetensors", folder / name
     if path.is_file():
         return load_states(path)
-    return cache_states(model, windows, path, on_step=on_step)
+    if parts.is_dir() or len(windows.input_ids) > PART_TOKENS or together() > 1:
+        return load_shards(cache_shards(model, windows, parts, layers=layers, on_step=on_step))
+    return cache_states(model, windows, path, layers=layers, on_step=on_step)

@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
+from tether.delta.continuations import (
+    PROMPT,
+    continue_texts,
+    generated_part,
+    not_drawn,
+    prompts,
+    text_windows,
+)
 from tether.delta.measure import Variant, measure
 from tether.delta.summary import summarise
 from tether.delta.windows import read_documents, text_hash, window_text
@@ -21,7 +31,9 @@ from tether.store.reader import sha256_file
 
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: token law, leash and continuations among the figures; certificates of 1 are checked without them."""
+ADDED = ("token_law", "leash_pulled")
 TOLERANCE = 2e-3
 """Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
 
@@ -31,10 +43,15 @@ CLAIMS = (
     "documents.at_most: with the stated confidence over the draw of documents, at least the stated share of "
     "documents drawn like these has a mean at or below it (order statistic, no distribution assumed).",
     "bound: latent drift of the fusion never exceeds the bound of its chart, given each delta's own drift in the "
-    "same context; violations counts the contexts where it did.",
-    "Token law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
-    "context, and total variation at most sqrt(drift / 2); this does not hold for softmax sampling, whose measured "
-    "KL is softmax_kl.",
+    "same context, nor a leash in that metric; violations counts the contexts where it did.",
+    "token_law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
+    "context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its own at each "
+    "position the KL of a text's law at most the expected sum over texts that the base writes; this does not hold "
+    "for softmax sampling, whose measured KL is softmax_kl.",
+    "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
+    "1); leash_pulled is the share of contexts here that it held back.",
+    "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
+    "at temperature 1 with the seed stated, after the first tokens of documents.",
 )
 
 
@@ -119,6 +136,9 @@ class Settings:
         per_document: windows taken of one document, or None.
         quantile: share of documents that the certified bound covers.
         confidence: of the certified bound and of intervals.
+        continuations: texts that the fused model writes itself and is measured on, for each text; 0 for none.
+        continuation_tokens: how many tokens it writes.
+        seed: of the noise it writes with.
     """
 
     window: int = 256
@@ -126,12 +146,20 @@ class Settings:
     per_document: int | None = None
     quantile: float = 0.95
     confidence: float = 0.95
+    continuations: int = 0
+    continuation_tokens: int = 256
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.quantile < 1 and 0 < self.confidence < 1 and self.window >= 2):
             raise ConfigError(
                 f"window={self.window}, quantile={self.quantile}, confidence={self.confidence}: expected a window of "
                 "at least 2 tokens, and shares between 0 and 1"
+            )
+        if self.continuations < 0 or self.continuation_tokens < 1:
+            raise ConfigError(
+                f"continuations={self.continuations} of {self.continuation_tokens} tokens: expected 0 or more texts of "
+                "at least 1 token"
             )
 
 
@@ -218,15 +246,34 @@ def _name(text: Any) -> str:
 
 
 def _figures(
-    fused: Any, tokenizer: Any, documents: Sequence[str], chosen: Settings, on_step: Any
+    fused: Any,
+    tokenizer: Any,
+    documents: Sequence[str],
+    chosen: Settings,
+    on_step: Any,
+    ids: Tensor | None = None,
 ) -> dict[str, Any]:
     windows = window_text(
         documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document
     )
+    shares = {"quantile": chosen.quantile, "confidence": chosen.confidence}
+    figures = summarise(
+        measure(fused, fused.fusion, windows, [_variant(fused)], on_step=on_step), 0, **shares
+    )
+    if not chosen.continuations:
+        return figures
+    if ids is None:
+        begun = prompts(documents, tokenizer, chosen.continuations)
+        ids = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
+    result = measure(fused, fused.fusion, text_windows(ids), [_variant(fused)], on_step=on_step)
+    own = summarise(generated_part(result, chosen.continuation_tokens), 0, **shares)
+    return figures | {"continuations": own | {"prompt": PROMPT, "ids": ids.tolist()}}
+
+
+def _variant(fused: Any) -> Variant:
     fusion = fused.fusion
-    variant = Variant(tuple(fused.config.fusion["weights"]), fusion.chart, fusion.gated)
-    result = measure(fused, fusion, windows, [variant], on_step=on_step)
-    return summarise(result, 0, quantile=chosen.quantile, confidence=chosen.confidence)
+    leash = fusion.leash or (None, "softmax")
+    return Variant(tuple(fused.config.fusion["weights"]), fusion.chart, fusion.gated, *leash)
 
 
 def _describe_model(fused: Any) -> dict[str, Any]:
@@ -319,9 +366,32 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
         documents = read_documents(folder / text["path"])
         if text_hash(documents) != text["documents"]:
             wrong.append(f"text {name}: its documents are not the ones described")
-        again = _figures(fused, tokenizer, documents, chosen, on_step)
-        wrong += _differences(certificate.figures[name], again, f"{name}")
+        stated = certificate.figures[name]
+        ids = None
+        if "continuations" in stated:
+            # What was written is stated, and checked: writing it again could part at a rounding error.
+            ids = torch.tensor(stated["continuations"]["ids"])
+            wrong += _not_written(
+                fused, ids, prompts(documents, tokenizer, chosen.continuations), chosen, name
+            )
+            if wrong:
+                continue
+        again = _figures(fused, tokenizer, documents, chosen, on_step, ids)
+        if certificate.schema_version == 1:
+            again = {key: value for key, value in again.items() if key not in ADDED}
+        wrong += _differences(stated, again, f"{name}")
     return wrong
+
+
+def _not_written(fused: Any, ids: Tensor, begun: Tensor, chosen: Settings, name: str) -> list[str]:
+    if ids.shape != (len(begun), PROMPT + chosen.continuation_tokens) or not torch.equal(
+        ids[:, :PROMPT], begun
+    ):
+        return [f"{name}.continuations: not {len(begun)} continuations of the text's first documents"]
+    if not bool(((ids >= 0) & (ids < fused.vocab_size)).all()):
+        return [f"{name}.continuations: ids outside the vocabulary"]
+    count = not_drawn(fused, ids, chosen.seed)
+    return [f"{name}.continuations: {count} tokens are not what the model writes"] if count else []
 
 
 def _differences(stated: Any, again: Any, where: str) -> list[str]:

@@ -14,25 +14,27 @@ from tether.store.writer import write_safetensors
 
 __all__ = ["Delta"]
 
-FORMAT = 1
+FORMAT = 2
+"""2: may read states of middle layers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """A change of the abduction head, linear in the hidden state in its own chart.
+    """A change of the abduction head, linear in what it reads (the hidden state) in its own chart.
 
     A delta is compared and hashed by identity, so that it can be the key of a dict of weights.
 
     Attributes:
         name: domain name.
         chart: chart whose two coordinates the delta outputs.
-        first: head of the first coordinate (change of log scale), shape (C, H), or None when only the
-            location moves.
-        second: head of the second coordinate (change of location), shape (C, H).
+        first: head of the first coordinate (change of log scale), shape (C, H (1 + L)), or None when only
+            the location moves.
+        second: head of the second coordinate (change of location), shape (C, H (1 + L)).
         gate: one-class gate, or None.
         base: fingerprint of the backbone it was learnt on.
         record: how it was learnt: budget, metric, figures, hashes of the texts, versions.
         path: the file it was read from or saved to.
+        layers: the L middle layers it reads beside the last hidden state, see `tether.causal.features`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Delta:
     base: str
     record: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    layers: tuple[int, ...] = ()
 
     def save(self, path: str | Path) -> "Delta":
         """Write the delta as one safetensors file, whole or not at all.
@@ -60,7 +63,8 @@ class Delta:
         if self.gate is not None:
             tensors |= {f"gate.{name}": value for name, value in self.gate._asdict().items()}
         described = {
-            "format": FORMAT,
+            "format": FORMAT if self.layers else 1,
+            "layers": list(self.layers),
             "name": self.name,
             "chart": self.chart,
             "base": self.base,
@@ -97,7 +101,8 @@ class Delta:
                 f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
             )
         tensors = {name: reader.tensor(name) for name in reader.names}
-        gate = Gate(*(tensors[f"gate.{name}"] for name in Gate._fields)) if "gate.center" in tensors else None
+        parts = {name: tensors[f"gate.{name}"] for name in Gate._fields if f"gate.{name}" in tensors}
+        gate = Gate(**parts) if parts else None
         return Delta(
             name=described["name"],
             chart=described["chart"],
@@ -107,4 +112,5 @@ class Delta:
             base=described["base"],
             record=described["record"],
             path=path,
+            layers=tuple(described.get("layers", ())),
         )

@@ -10,15 +10,16 @@ import torch
 
 from tether.cauchy.charts import CHARTS
 from tether.causal.fused import Fusion
+from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
-from tether.delta.gate import WINDOW
+from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import Input, Manifest, write_manifest
 from tether.store.publish import publish_folder
 from tether.store.reader import sha256_file
 
-__all__ = ["check_free", "fuse", "save_checkpoint"]
+__all__ = ["check_free", "fuse", "save_checkpoint", "unfuse"]
 
 
 def fuse(
@@ -27,6 +28,9 @@ def fuse(
     *,
     chart: str = "symmetric",
     gated: bool | None = None,
+    leash: float | None = None,
+    leash_metric: str = "softmax",
+    allowance: Mapping[str, Any] | None = None,
 ) -> CausalQwenForCausalLM:
     """Add weighted deltas to a model.
 
@@ -37,22 +41,31 @@ def fuse(
         deltas: each delta's weight, finite, any sign.
         chart: the chart in which they are added: `linear`, `symmetric`, `geodesic` or `rootkl`.
         gated: whether each delta acts only where its gate is open; None gates when every delta has a gate.
+        leash: largest drift allowed in any context, nats, > 0; contexts beyond it are pulled back when the
+            model runs (`tether.causal.leash`). None lets them drift.
+        leash_metric: what the leash is in: `softmax`, KL(base || fused) of the softmax, or `latent`, the
+            drift of U.
+        allowance: mean drift that this fusion may have, which later additions are checked against: nats and
+            metric, see `tether.delta.ledger`.
 
     Returns:
         The fused model, in evaluation mode.
 
     Raises:
-        ConfigError: no deltas, an unknown chart, a weight that is not finite, two deltas of one name, a gate
-            asked for and missing, or a model that is fused already.
+        ConfigError: no deltas, an unknown chart or leash, a weight that is not finite, two deltas of one
+            name, a gate asked for and missing, or a model that is fused already.
         CheckpointError: a delta was learnt on another base.
     """
+    if leash is not None:
+        check_leash(leash, leash_metric)
     if chart not in CHARTS:
         raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
     if not deltas:
         raise ConfigError("no deltas: expected at least one delta to fuse")
     if model.fusion is not None:
         raise ConfigError(
-            f"the model is fused already ({', '.join(model.fusion.domains)}): fuse all deltas at once into the base"
+            f"the model is fused already ({', '.join(model.fusion.domains)}): take it apart with unfuse and fuse all "
+            "deltas at once into the base"
         )
     for delta, weight in deltas.items():
         if not math.isfinite(weight):
@@ -79,6 +92,8 @@ def fuse(
     gated = not ungated if gated is None else gated
     config = copy.deepcopy(model.config)
     config.fusion = _describe(deltas, chart, gated)
+    config.fusion["leash"] = None if leash is None else {"nats": float(leash), "metric": leash_metric}
+    config.fusion["allowance"] = None if allowance is None else dict(allowance)
     with torch.device("meta"):
         fused = CausalQwenForCausalLM(config)
     for name in ("backbone", "numeric", "abduction", "action"):
@@ -95,41 +110,99 @@ def fuse(
 
 
 def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[str, Any]:
-    gates = [delta.gate for delta in deltas if delta.gate is not None]
-    return {
+    gates = [delta.gate for delta in deltas if delta.gate is not None and gated]
+    described: dict[str, Any] = {
         "chart": chart,
         "gated": gated,
         "domains": [delta.name for delta in deltas],
         "native": [delta.chart for delta in deltas],
         "weights": [float(weight) for weight in deltas.values()],
         "location_only": all(delta.first is None for delta in deltas),
-        "gate_window": max((len(gate.threshold) for gate in gates), default=WINDOW),
-        "gate_rank": max((len(gate.whitening) for gate in gates), default=1),
+        "layers": sorted({layer for delta in deltas for layer in delta.layers}),
         "budgets": [{key: delta.record.get(key) for key in ("metric", "budget")} for delta in deltas],
     }
+    if gates:
+        described |= describe_gates(gates)
+    return described
 
 
 @torch.no_grad()
 def _stack(deltas: list[Delta], fusion: Fusion) -> Fusion:
     # A gate of lower rank is padded with zero directions, which measure nothing.
     for row, delta in enumerate(deltas):
-        if delta.second.shape != fusion.second.shape[1:]:
+        size = fusion.hidden_size
+        expected = (fusion.second.shape[1], size * (1 + len(delta.layers)))
+        if delta.second.shape != expected:
             raise CheckpointError(
-                f"delta {delta.name!r} is {tuple(delta.second.shape)}, the base takes {tuple(fusion.second.shape[1:])}"
+                f"delta {delta.name!r} is {tuple(delta.second.shape)}, the base takes {expected}"
             )
-        fusion.second[row] = delta.second
+        # Columns of layers that this delta does not read stay zero.
+        blocks = [0, *(1 + fusion.layers.index(layer) for layer in delta.layers)]
+        columns = torch.cat([torch.arange(size) + size * block for block in blocks])
+        fusion.second[row][:, columns] = delta.second
         if not fusion.location_only and delta.first is not None:
-            fusion.first[row] = delta.first
+            fusion.first[row][:, columns] = delta.first
         if fusion.gated and delta.gate is not None:
-            if len(delta.gate.threshold) != fusion.window:
-                raise ConfigError(
-                    f"delta {delta.name!r} has a gate over {len(delta.gate.threshold)} tokens, another one over "
-                    f"{fusion.window}: learn them with the same gate window"
-                )
-            fusion.gate_center[row] = delta.gate.center
-            fusion.gate_whitening[row, : len(delta.gate.whitening)] = delta.gate.whitening
-            fusion.gate_threshold[row] = delta.gate.threshold
+            put_gate(fusion, row, delta.gate, f"delta {delta.name!r}")
     return fusion
+
+
+def unfuse(
+    model: CausalQwenForCausalLM,
+) -> tuple[CausalQwenForCausalLM, dict[Delta, float]]:
+    """Take a fused model apart: its base, and the deltas with their weights.
+
+    What `fuse` makes of some of them is bit for bit what it makes of the delta files, so a domain is removed by
+    leaving it out. Nothing is copied but the deltas.
+
+    Args:
+        model: a fused model.
+
+    Returns:
+        The base, which shares the model's modules, and the deltas in their order. A delta's record holds its
+        budget alone.
+
+    Raises:
+        ConfigError: the model has no fusion.
+    """
+    fusion = model.fusion
+    if fusion is None:
+        raise ConfigError("the model has no fused deltas: expected one made by 'tether fuse'")
+    config = copy.deepcopy(model.config)
+    described, config.fusion = config.fusion, None
+    with torch.device("meta"):
+        base = CausalQwenForCausalLM(config)
+    for name in ("backbone", "numeric", "abduction", "action"):
+        setattr(base, name, getattr(model, name))
+    base.generation_config = copy.deepcopy(model.generation_config)
+    base.name_or_path = config._name_or_path = ""
+    base.eval()
+    return base, {_delta(model, fusion, row): weight for row, weight in enumerate(described["weights"])}
+
+
+def _delta(model: CausalQwenForCausalLM, fusion: Fusion, row: int) -> Delta:
+    size = fusion.hidden_size
+    heads = [fusion.second[row].detach()]
+    if not fusion.location_only:
+        heads.append(fusion.first[row].detach())
+    # What was padded with zeros is cut off again.
+    read = [
+        number
+        for number in range(1, len(fusion.layers) + 1)
+        if any(bool(head[:, size * number : size * (number + 1)].any()) for head in heads)
+    ]
+    heads = [torch.cat([head[:, size * n : size * (n + 1)] for n in (0, *read)], dim=1) for head in heads]
+    gate = take_gate(fusion, row) if fusion.gated else None
+    return Delta(
+        name=fusion.domains[row],
+        chart=fusion.native[row],
+        first=heads[1] if len(heads) > 1 and bool(heads[1].any()) else None,
+        second=heads[0],
+        gate=gate,
+        base=str(model.config.base_fingerprint),
+        record=dict(fusion.description["budgets"][row]),
+        layers=tuple(fusion.layers[number - 1] for number in read),
+    )
 
 
 def check_free(folder: str | Path) -> None:

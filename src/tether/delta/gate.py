@@ -1,37 +1,46 @@
 """Fit a one-class gate to a domain's own cached states: no base text, no other domain."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tether.causal.gates import gate_distance, window_mean
+from tether.causal.fused import Fusion
+from tether.causal.gates import gate_distance, gate_stage, window_mean
 from tether.delta.cache import BATCH, StateCache
 from tether.errors import ConfigError
 
-__all__ = ["Gate", "fit_gate"]
+__all__ = ["WINDOW", "Gate", "describe_gates", "fit_gate", "put_gate", "take_gate"]
 
 WINDOW = 32
 RANK = 64
 QUANTILE = 0.95
+STRAY = 0.02
+"""Share of what the base writes of itself that a gate may take for its own at the start of a text, beyond the
+share that it takes once its window is full."""
 CLOSED = -1.0
 """A threshold that no squared distance is under."""
 EARLY = 8
-"""Tokens of a text before a gate may open: means of fewer are alike in all domains (docs/log.md)."""
+"""Without a background: tokens of a text before a gate may open (docs/log.md)."""
+NARROWEST = 1e-3
+"""Least variance outside the principal directions: states are kept in half precision."""
 
 
 class Gate(NamedTuple):
     """What a gate consists of; see `tether.causal.gates`.
 
     Attributes:
-        center: mean of the domain's window means, shape (H,).
-        whitening: principal directions over their standard deviations, shape (P, H).
+        center: mean of the domain's window means at each stage, shape (S, H), or (H,) for one stage.
+        whitening: principal directions over their standard deviations, shape (S, P, H), or (P, H).
         threshold: largest accepted squared distance for each count of tokens, shape (window,).
+        precision: one over the variance in all other directions, shape (S,); 0 leaves them out.
     """
 
     center: Tensor
     whitening: Tensor
     threshold: Tensor
+    precision: Tensor = torch.zeros(1)
 
 
 def fit_gate(
@@ -40,20 +49,27 @@ def fit_gate(
     window: int = WINDOW,
     rank: int = RANK,
     quantile: float = QUANTILE,
+    background: Tensor | None = None,
     early: int = EARLY,
 ) -> Gate:
-    """Learn what a domain's windows look like.
+    """Learn what a domain's windows look like, from the first token of a text on.
 
-    Center and directions come from three quarters of the documents; the accepted distance is the given
-    quantile on the last quarter, so that it is not flattered by the fit. A mean of few tokens scatters
-    more than a full window, so each count (in octaves) has its own threshold.
+    Each stage of a window (1, 2, 3-4, 5-8, ... tokens, full) has statistics of its own. Center and directions
+    come from three quarters of the documents; the accepted distance is the given quantile on the last
+    quarter, so that it is not flattered by the fit.
+
+    The means of few tokens are alike in many domains. So at the stages before the last, a gate opens only as
+    far as it leaves what the base writes of itself alone: see `tether.delta.background` and `STRAY`. What it
+    takes of that at the last stage, where its own quantile alone decides, is taken for the domain's own kind.
 
     Args:
         cache: states of the domain's text.
         window: tokens averaged, >= 1.
         rank: principal directions kept, clipped to what the text supports.
         quantile: share of the domain's own contexts to accept, in (0, 1).
-        early: tokens of a text before the gate may open, clipped to the window.
+        background: states of what the base writes, shape (B, T, H); None keeps the gate closed for `early`
+            tokens instead.
+        early: tokens of a text before the gate may open without a background, clipped to the window.
 
     Returns:
         The gate, float32.
@@ -63,10 +79,52 @@ def fit_gate(
     """
     if not 0 < quantile < 1:
         raise ConfigError(f"quantile={quantile}: expected a share between 0 and 1")
+    mean, count, held_out = _means(cache, window)
+    stages = int(gate_stage(torch.tensor([max(window - 1.0, 1.0)]), window + 1, 64)) + 2 if window > 1 else 1
+    stage = gate_stage(count, window, stages)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    sizes = [int((~held_out & (stage == number)).sum()) for number in range(stages)]
+    # A stage that the text does not reach takes the statistics of the nearest later one, or of the last it has.
+    known = [number for number in range(stages) if sizes[number] > 2]
+    for number in range(stages):
+        source = next((k for k in known if k >= number), known[-1])
+        parts.append(_gaussian(mean[~held_out & (stage == source)], min(rank, mean.shape[1])))
+    fitted = [torch.stack(values) for values in zip(*parts, strict=True)]
+
+    def distance(means: Tensor, counts: Tensor) -> Tensor:
+        return gate_distance(means, counts, window, *(values.unsqueeze(0) for values in fitted))[0]
+
+    own, own_stage = distance(mean[held_out], count[held_out]), stage[held_out]
+    limits = torch.full((stages,), CLOSED)
+    for number in range(stages):
+        if bool((own_stage == number).any()):
+            limits[number] = own[own_stage == number].quantile(quantile)
+    if background is not None:
+        mask = torch.ones(background.shape[:2], dtype=torch.bool)
+        strange, seen, _ = window_mean(background, mask, window)
+        other, other_stage = distance(strange, seen).flatten(), gate_stage(seen, window, stages).flatten()
+        full = other[other_stage == stages - 1]
+        taken = float((full <= limits[-1]).float().mean()) if len(full) else 0.0
+        for number in range(stages - 1):
+            near = other[other_stage == number]
+            if len(near):
+                allowed = (
+                    near.sort().values[int((taken + STRAY) * len(near))] if taken + STRAY < 1 else near.max()
+                )
+                limits[number] = torch.minimum(limits[number], allowed)
+    of_count = gate_stage(torch.arange(1.0, window + 1), window, stages)
+    threshold = limits[of_count]
+    if background is None:
+        threshold[: min(early, window) - 1] = CLOSED
+    return Gate(fitted[0], fitted[1], threshold, fitted[2])
+
+
+# Window means at every token, how many tokens each holds, and whether its document is held out.
+def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
     windows = cache.windows
     first = windows.starts[:-1]
-    groups = windows.documents[first]
-    if len(torch.unique(groups)) < 4:
+    groups = torch.unique(windows.documents[first], return_inverse=True)[1]
+    if int(groups.max()) + 1 < 4:
         # A text in one document still has windows; they then play the documents' part.
         groups = torch.arange(len(first))
     if len(groups) < 4:
@@ -75,28 +133,88 @@ def fit_gate(
         )
     held_out = groups % 4 == 3
     means, counts, rows = [], [], []
+    width = cache.states.shape[1] // (1 + len(cache.layers))
     for batch in windows.batches(BATCH):
-        states = torch.zeros(*batch.mask.shape, cache.states.shape[1])
-        states[batch.mask] = cache.states[windows.positions(batch)].float()
+        states = torch.zeros(*batch.mask.shape, width)
+        states[batch.mask] = cache.states[windows.positions(batch)][:, :width].float()
         mean, count, _ = window_mean(states, batch.mask, window)
         means.append(mean[batch.mask])
-        counts.append(count[batch.mask].long())
+        counts.append(count[batch.mask])
         rows.append(batch.rows.unsqueeze(-1).expand_as(batch.mask)[batch.mask])
-    mean, count, row = torch.cat(means), torch.cat(counts), torch.cat(rows)
-    fitted = mean[~held_out[row] & (count == count.max())].double()
-    center = fitted.mean(0)
-    variance, direction = torch.linalg.eigh(torch.cov((fitted - center).T))
-    kept = min(rank, len(fitted) - 1, len(variance))
-    variance, direction = variance[-kept:].clamp(min=1e-12), direction[:, -kept:]
-    whitening = (direction / variance.sqrt()).T.float()
-    center = center.float()
-    distance = gate_distance(mean, center.unsqueeze(0), whitening.unsqueeze(0))[0]
-    threshold = torch.full((window,), CLOSED)
-    low = min(early, window)
-    while low <= window:
-        high = min(2 * low - 1, window) if 2 * low <= window else window
-        own = distance[held_out[row] & (count >= low) & (count <= high)]
-        if len(own):
-            threshold[low - 1 : high] = own.quantile(quantile)
-        low = high + 1
-    return Gate(center, whitening, threshold)
+    return torch.cat(means), torch.cat(counts), held_out[torch.cat(rows)]
+
+
+# Mean, whitened principal directions (rank rows, zeros where there are fewer), precision outside.
+def _gaussian(samples: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    center = samples.double().mean(0)
+    variance, direction = torch.linalg.eigh(torch.cov((samples - center).T))
+    kept = min(rank, len(samples) - 1)
+    outside = variance[:-kept]
+    scale = variance[-kept:].clamp(min=NARROWEST).sqrt()
+    whitening = torch.zeros(rank, samples.shape[1])
+    whitening[:kept] = (direction[:, -kept:] / scale).T.float()
+    rest = 1 / outside.mean().clamp(min=NARROWEST).float() if len(outside) else torch.zeros(())
+    return center.float(), whitening, rest
+
+
+def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:
+    """Give the sizes of a fusion's gates, for its description.
+
+    Args:
+        gates: of its domains.
+
+    Returns:
+        gate_window, gate_rank and gate_stages, which fit them all.
+    """
+    return {
+        "gate_window": max(len(gate.threshold) for gate in gates),
+        "gate_rank": max(gate.whitening.shape[-2] for gate in gates),
+        "gate_stages": max(1 if gate.center.dim() == 1 else len(gate.center) for gate in gates),
+    }
+
+
+@torch.no_grad()
+def put_gate(fusion: Fusion, row: int, gate: Gate, owner: str) -> None:
+    """Write a gate into a fusion; lower rank is padded with zero rows, one stage is repeated.
+
+    Args:
+        fusion: a gated fusion, or a module with the same parameters.
+        row: of the domain.
+        gate: its gate.
+        owner: what to call it in an error.
+
+    Raises:
+        ConfigError: the gate averages another number of tokens than the fusion.
+    """
+    if len(gate.threshold) != fusion.window:
+        raise ConfigError(
+            f"{owner} has a gate over {len(gate.threshold)} tokens, another one over {fusion.window}: learn them "
+            "with the same gate window"
+        )
+    one = gate.center.dim() == 1
+    fusion.gate_center[row] = gate.center.unsqueeze(0) if one else gate.center
+    fusion.gate_whitening[row, :, : gate.whitening.shape[-2]] = (
+        gate.whitening.unsqueeze(0) if one else gate.whitening
+    )
+    fusion.gate_precision[row] = gate.precision
+    fusion.gate_threshold[row] = gate.threshold
+
+
+def take_gate(fusion: Fusion, row: int) -> Gate:
+    """Read a gate out of a fusion.
+
+    Args:
+        fusion: a gated fusion.
+        row: of the domain.
+
+    Returns:
+        The gate; padding of its rank is cut off.
+    """
+    whitening = fusion.gate_whitening[row].detach()
+    rank = max(1, int(whitening.any(-1).sum(-1).max()))
+    return Gate(
+        fusion.gate_center[row].detach().clone(),
+        whitening[:, :rank].clone(),
+        fusion.gate_threshold[row].detach().clone(),
+        fusion.gate_precision[row].detach().clone(),
+    )

@@ -9,6 +9,8 @@ from torch import Tensor
 from tether.cauchy.charts import fuse
 from tether.cauchy.divergence import drift
 from tether.causal.fused import Fusion
+from tether.causal.leash import leash_law
+from tether.causal.score_leash import location_path, pull_scores
 from tether.delta.cache import hidden_states
 from tether.delta.objective import chunk_rows, softmax_shift
 from tether.delta.windows import Windows
@@ -24,11 +26,15 @@ class Variant(NamedTuple):
         weights: one weight a delta.
         chart: the chart they are added in.
         gated: whether the gates act.
+        leash: largest drift of a context, nats, or None; see `tether.causal.leash`.
+        leash_metric: what the leash is in.
     """
 
     weights: tuple[float, ...]
     chart: str
     gated: bool
+    leash: float | None = None
+    leash_metric: str = "softmax"
 
 
 class Measurement(NamedTuple):
@@ -41,8 +47,10 @@ class Measurement(NamedTuple):
         nll: of each variant at scored tokens, nats, shape (R, m).
         softmax_kl: KL(base || variant) of the served softmax, nats, shape (R, n).
         latent_drift: Cauchy drift of U summed over dimensions, nats, shape (R, n).
-        bound: a-priori bound on that drift from the deltas' own drifts, nats, shape (R, n).
+        bound: a-priori bound on that drift from the deltas' own drifts, and from the leash if it is in that
+            metric, nats, shape (R, n).
         gates: gate of each delta, shape (N, n); all ones when the fusion has no gates.
+        leash: share of its move that each context keeps, shape (R, n), in [0, 1]; 1 where no leash binds.
     """
 
     documents: Tensor
@@ -53,6 +61,7 @@ class Measurement(NamedTuple):
     latent_drift: Tensor
     bound: Tensor
     gates: Tensor
+    leash: Tensor
 
 
 @torch.no_grad()
@@ -85,17 +94,18 @@ def measure(
     scored = windows.targets >= 0
     base_nll = torch.zeros(count)
     nll, kl, moved_by, allowed = (torch.zeros(kinds, count) for _ in range(4))
+    kept = torch.ones(kinds, count)
     gates_at = torch.ones(domains, count)
     done = 0
     for batch in windows.batches(batch_size):
-        states = hidden_states(model, batch)
+        states = hidden_states(model, batch, fusion.layers)
         where = windows.positions(batch)
         gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
         gates_at[:, where] = gates
         rows = chunk_rows(model.action.weight)
         for part, offsets in zip(states[batch.mask].split(rows), where.split(rows), strict=True):
             chunk_gates = gates_at[:, offsets]
-            loc, log_scale = model.abduction(part.to(model.action.weight.dtype))
+            loc, log_scale = model.abduction(part[:, : fusion.hidden_size].to(model.action.weight.dtype))
             log_prob = torch.log_softmax(model.action.score_loc(loc).float(), dim=-1)
             prob = log_prob.exp()
             target = windows.targets[offsets]
@@ -107,27 +117,53 @@ def measure(
                 weights = torch.tensor(variant.weights).unsqueeze(-1) * (
                     chunk_gates if variant.gated else torch.ones_like(chunk_gates)
                 )
-                fused_x, fused_y = fuse(x, y, weights, chart=variant.chart)
-                moved_by[row, offsets] = drift(fused_x, fused_y).sum(-1)
-                allowed[row, offsets] = fused_drift_bound(alone, weights, variant.chart).float()
+                # Without a change of scale both charts add the same numbers, and the constant is 1.
+                chart = "symmetric" if fusion.location_only and variant.chart == "linear" else variant.chart
+                allowed[row, offsets] = fused_drift_bound(alone, weights, chart).float()
                 nll[row, offsets] = base
                 open_rows = (weights != 0).any(0)
                 if not bool(open_rows.any()):
                     continue
-                shift = model.action.score_loc((log_scale.exp() * fused_y)[open_rows]).float()
+                at = offsets[open_rows]
+                fused_x, fused_y = fuse(
+                    x[:, open_rows], y[:, open_rows], weights[:, open_rows], variant.chart
+                )
+                law = loc[open_rows], log_scale[open_rows]
+                if variant.leash is not None and variant.leash_metric == "latent":
+                    fused_x, fused_y, kept[row, at] = _pull(
+                        *law, fused_x, fused_y, variant.leash, variant.chart
+                    )
+                    allowed[row, at] = allowed[row, at].clamp(max=variant.leash)
+                # Without the class bias, which is no part of a difference of logits.
+                move = (law[1].exp() * fused_y).to(model.action.weight.dtype)
+                shift = (move @ model.action.weight.T).float()
+                if variant.leash is not None and variant.leash_metric == "softmax":
+                    before = log_prob[open_rows]
+                    factor = pull_scores(before, before + shift, variant.leash)[0]
+                    fused_x, fused_y = location_path(fused_x, fused_y, factor)
+                    shift, kept[row, at] = shift * factor.unsqueeze(-1), factor
+                moved_by[row, at] = drift(fused_x, fused_y).sum(-1)
                 distance, normaliser = (
                     softmax_shift(log_prob, shift, prob)
                     if bool(open_rows.all())
                     else (softmax_shift(log_prob[open_rows], shift))
                 )
                 chosen = target[open_rows].clamp(min=0).unsqueeze(-1)
-                kl[row, offsets[open_rows]] = distance
-                nll[row, offsets[open_rows]] = (
-                    base[open_rows] - shift.gather(-1, chosen).squeeze(-1) + normaliser
-                )
+                kl[row, at] = distance
+                nll[row, at] = base[open_rows] - shift.gather(-1, chosen).squeeze(-1) + normaliser
         done += len(where)
         if on_step:
             on_step({"done": done, "total": count})
     return Measurement(
-        windows.documents, scored, base_nll[scored], nll[:, scored], kl, moved_by, allowed, gates_at
+        windows.documents, scored, base_nll[scored], nll[:, scored], kl, moved_by, allowed, gates_at, kept
     )
+
+
+def _pull(
+    loc: Tensor, log_scale: Tensor, x: Tensor, y: Tensor, nats: float, chart: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the moves that a leash in metric `latent` leaves, as they are served, and the factors."""
+    law = leash_law(loc, log_scale, x, y, nats, chart)
+    pulled = (law.factor < 1).unsqueeze(-1)
+    near_x, near_y = law.log_scale - log_scale, (law.loc - loc) / log_scale.exp()
+    return torch.where(pulled, near_x, x), torch.where(pulled, near_y, y), law.factor

@@ -1,12 +1,20 @@
 """What a fit minimises and what it is held to: candidate softmax on the domain, output Fisher on the base."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["CandidateSoftmax", "chunk_rows", "mean_probability", "output_fisher", "softmax_shift"]
+__all__ = [
+    "CandidateSoftmax",
+    "chunk_rows",
+    "full_cross_entropy",
+    "mean_probability",
+    "output_fisher",
+    "softmax_shift",
+]
 
 CHUNK_BYTES = 24_000_000
 """Size of a float32 tensor over the vocabulary: below the 32 MB from which allocators ask the system for fresh
@@ -39,6 +47,7 @@ class CandidateSoftmax:
         prob: how likely each class is on the domain, shape (V,), >= 0; the likeliest become candidates.
         size: number of candidates, clipped to V.
         sampled: number of other classes drawn each call.
+        bias: of the classes, shape (V,), or None.
     """
 
     def __init__(
@@ -48,10 +57,12 @@ class CandidateSoftmax:
         *,
         size: int = 2048,
         sampled: int = 512,
+        bias: Float[Tensor, " vocab"] | None = None,
     ) -> None:
         ranked = prob.topk(min(size, len(weight))).indices
-        self.weight = weight
-        self.chosen = weight[ranked].float()
+        self.weight, self.given_bias = weight, bias
+        self.bias = torch.zeros(len(weight)) if bias is None else bias.float()
+        self.chosen, self.chosen_bias = weight[ranked].float(), self.bias[ranked]
         self.slot = torch.full((len(weight),), -1, device=weight.device)
         self.slot[ranked] = torch.arange(len(ranked), device=weight.device)
         self.rest = (self.slot < 0).nonzero().squeeze(-1)
@@ -73,10 +84,10 @@ class CandidateSoftmax:
         Returns:
             Nats, a scalar.
         """
-        columns = [latent_loc @ self.chosen.T]
+        columns = [latent_loc @ self.chosen.T + self.chosen_bias]
         outside = self.slot[targets] < 0
         # A target that is no candidate gets a column of its own, closed for the tokens that do not need it.
-        own = (latent_loc * self.weight[targets].float()).sum(-1)
+        own = (latent_loc * self.weight[targets].float()).sum(-1) + self.bias[targets]
         columns.append(own.masked_fill(~outside, -math.inf).unsqueeze(-1))
         if self.sampled:
             draw = torch.randint(
@@ -85,34 +96,90 @@ class CandidateSoftmax:
             drawn = self.rest[draw.to(self.rest.device)]
             # Each drawn class stands for many: its share of the normaliser is that much larger. The target is
             # counted already, so its copy is closed where it is drawn.
-            other = latent_loc @ self.weight[drawn].float().T + math.log(len(self.rest) / self.sampled)
+            share = math.log(len(self.rest) / self.sampled)
+            other = latent_loc @ self.weight[drawn].float().T + self.bias[drawn] + share
             columns.append(other.masked_fill(drawn == targets.unsqueeze(-1), -math.inf))
         slot = torch.where(outside, len(self.chosen), self.slot[targets])
         return torch.nn.functional.cross_entropy(torch.cat(columns, dim=-1), slot)
 
 
+class _FullCrossEntropy(torch.autograd.Function):
+    """Cross-entropy over all classes in chunks of tokens; its gradient is formed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, latent_loc: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = chunk_rows(weight)
+        total = latent_loc.new_zeros((), dtype=torch.float64)
+        gradients = []
+        for part, target in zip(latent_loc.split(rows), targets.split(rows), strict=True):
+            log_prob = _logits(part, weight, bias).log_softmax(-1)
+            total -= log_prob.gather(-1, target.unsqueeze(-1)).double().sum()
+            prob = log_prob.exp_()
+            prob[torch.arange(len(part)), target] -= 1
+            gradients.append((prob.to(weight.dtype) @ weight).to(part))
+        ctx.save_for_backward(torch.cat(gradients) / len(targets))
+        return (total / len(targets)).to(latent_loc)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * upstream[0], None, None, None
+
+
+def full_cross_entropy(
+    latent_loc: Float[Tensor, "tokens latent"],
+    targets: Int[Tensor, " tokens"],
+    weight: Float[Tensor, "vocab latent"],
+    bias: Float[Tensor, " vocab"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean negative log likelihood over all classes, in memory of a few tokens' logits.
+
+    Cost per token: two products with the (V, C) head, gradient included.
+
+    Args:
+        latent_loc: loc of U, shape (N, C), float32.
+        targets: next tokens, shape (N,).
+        weight: the output head, shape (V, C); gets no gradient.
+        bias: of the classes, shape (V,), or None.
+
+    Returns:
+        Nats, a scalar; differentiable in `latent_loc`.
+    """
+    loss: Tensor = _FullCrossEntropy.apply(latent_loc, targets, weight, bias)
+    return loss
+
+
+def _logits(latent_loc: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    moved = None if bias is None else bias.to(weight.dtype)
+    return torch.nn.functional.linear(latent_loc.to(weight.dtype), weight, moved).float()
+
+
 @torch.no_grad()
 def mean_probability(
-    weight: Float[Tensor, "vocab latent"], latent_loc: Float[Tensor, "tokens latent"]
+    weight: Float[Tensor, "vocab latent"],
+    latent_loc: Float[Tensor, "tokens latent"],
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, " vocab"]:
     """Mean probability of each class under the base.
 
     Args:
         weight: the output head, shape (V, C).
         latent_loc: loc of U, shape (N, C).
+        bias: of the classes, shape (V,), or None.
 
     Returns:
         Probabilities, shape (V,), summing to 1.
     """
     total = torch.zeros(len(weight), device=weight.device)
     for part in latent_loc.split(chunk_rows(weight)):
-        total += torch.softmax((part.to(weight.dtype) @ weight.T).float(), dim=-1).sum(0)
+        total += torch.softmax(_logits(part, weight, bias), dim=-1).sum(0)
     return total / len(latent_loc)
 
 
 @torch.no_grad()
 def output_fisher(
-    weight: Float[Tensor, "vocab latent"], latent_loc: Float[Tensor, "tokens latent"]
+    weight: Float[Tensor, "vocab latent"],
+    latent_loc: Float[Tensor, "tokens latent"],
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, "latent latent"]:
     """Fisher information of the base's softmax about its latent, averaged over tokens.
 
@@ -121,6 +188,7 @@ def output_fisher(
     Args:
         weight: the output head, shape (V, C).
         latent_loc: loc of U on base text, shape (N, C).
+        bias: of the classes, shape (V,), or None.
 
     Returns:
         F, shape (C, C), symmetric positive semidefinite, float32.
@@ -129,7 +197,7 @@ def output_fisher(
     outer = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     full = weight.float()
     for part in latent_loc.split(chunk_rows(weight)):
-        p = torch.softmax((part.to(weight.dtype) @ weight.T).float(), dim=-1)
+        p = torch.softmax(_logits(part, weight, bias), dim=-1)
         prob += p.sum(0)
         mean = (p @ full).double()
         outer += mean.T @ mean

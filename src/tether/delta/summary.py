@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from tether.delta.measure import Measurement
+from tether.delta.token_law import token_law_figures
 from tether.errors import CertificateError
 from tether.stats import bootstrap_mean, quantile_upper_bound, samples_needed
 
@@ -29,7 +30,8 @@ def summarise(
     Returns:
         JSON-able figures, in nats: nll of base and variant; softmax_kl with its document-bootstrap
         interval; latent_drift; for both the certified document quantile (None with a reason where there are
-        too few documents); the a-priori bound with the number of contexts that violate it; gate on-rates.
+        too few documents); the a-priori bound with the number of contexts that violate it; what the drift
+        allows the law of tokens; the share of contexts that the leash pulled back; gate on-rates.
     """
     documents = result.documents.numpy()
     scored = result.scored.numpy()
@@ -52,6 +54,8 @@ def summarise(
             if bool(positive.any())
             else 0.0,
         },
+        "token_law": token_law_figures(drift, result.documents),
+        "leash_pulled": float((result.leash[row] < 1).double().mean()),
         "gates_open": [float(rate) for rate in result.gates.double().mean(-1)],
     }
 

@@ -1,25 +1,35 @@
-"""The loop of a fit: Adam on the heads, dual ascent on the multiplier of the drift constraint."""
+"""The loop of a fit: Adam on the heads, dual ascent on the multiplier of the drift constraint, early stop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tether.cauchy.charts import CHARTS
 from tether.cauchy.divergence import drift
-from tether.delta.budget import Budget, Head, Reference, token_drift
-from tether.delta.objective import CandidateSoftmax
+from tether.delta.budget import Budget
+from tether.delta.head import Head, Reference, ray_share, token_drift
+from tether.delta.objective import CandidateSoftmax, full_cross_entropy
+from tether.delta.source import Source
 from tether.errors import ConfigError
 
-__all__ = ["Fit", "Step", "Training"]
+__all__ = ["FEATURES", "Aside", "Fit", "Step", "Training"]
 
 PACE = 6
 """Steps between two steps of the dual."""
+CHECKS = 4
+"""Looks at the domain documents set aside, in an epoch."""
+GAIN = 0.75
+"""Of a first delta: domain nats for the root of a nat of base drift, from which the dual starts (docs/log.md)."""
+
+FEATURES = ("last", "multi")
+"""What a delta reads: the last hidden state alone, or states of three middle layers beside it."""
 
 Step = Callable[[dict[str, float]], None]
-"""Called with step, steps, nll, drift and multiplier."""
+"""Called with step, steps, nll, drift and multiplier, and held_out where documents are set aside."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,41 +39,68 @@ class Fit:
     Attributes:
         budget: the constraint, or the plain penalty.
         chart: chart in which the head is linear.
-        location_only: leave the scale of U alone.
+        features: one of `FEATURES`; read by `learn_delta`, which caches them.
+        location_only: leave the scale of U alone. Then `linear` and `symmetric` are one chart, its constant
+            is 1, and the delta can be folded into an output head.
         gate: fit a one-class gate too.
-        epochs: passes over the domain text.
+        epochs: passes over the domain text at most.
+        full_epochs: of these, the last ones take the loss over the whole vocabulary.
         batch: domain tokens a step, >= 2; half as many of the base.
         lr: peak learning rate of Adam, in units of the hidden state.
         candidates: classes kept exactly in the training loss.
         sampled: other classes drawn each step.
         probe: tokens for the Fisher and for each full-softmax measurement.
+        aside: share of the domain's documents on which the fit is watched, in [0, 1); 0 turns early stopping
+            off.
+        patience: looks without a better loss after which the fit stops.
         seed: of the shuffles and draws.
     """
 
     budget: Budget = field(default_factory=Budget)
     chart: str = "symmetric"
+    features: str = "last"
     location_only: bool = False
     gate: bool = True
     epochs: int = 2
+    full_epochs: int = 0
     batch: int = 512
     lr: float = 1e-3
     candidates: int = 2048
     sampled: int = 512
     probe: int = 1536
+    aside: float = 0.0
+    patience: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.chart not in CHARTS:
             raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
+        if self.features not in FEATURES:
+            raise ConfigError(f"features={self.features!r}: expected one of {', '.join(FEATURES)}")
         if (
-            min(self.epochs, self.batch, self.candidates, self.probe) < 1
-            or self.sampled < 0
+            min(self.epochs, self.batch, self.candidates, self.probe, self.patience) < 1
+            or min(self.sampled, self.full_epochs) < 0
             or not self.lr > 0
         ):
             raise ConfigError(
                 f"epochs={self.epochs}, batch={self.batch}, candidates={self.candidates}, probe={self.probe}, "
-                f"sampled={self.sampled}, lr={self.lr}: expected positive numbers"
+                f"patience={self.patience}, sampled={self.sampled}, full_epochs={self.full_epochs}, lr={self.lr}: "
+                "expected positive numbers"
             )
+        if not 0 <= self.aside < 1:
+            raise ConfigError(f"aside={self.aside}: expected a share of the documents in [0, 1)")
+
+
+class Aside(NamedTuple):
+    """Domain text that the fit is watched on.
+
+    Attributes:
+        at: base quantities, shape (n, ...).
+        targets: next tokens, shape (n,).
+    """
+
+    at: Reference
+    targets: Tensor
 
 
 class Training:
@@ -71,36 +108,41 @@ class Training:
 
     Args:
         fit: options.
-        at: base quantities at the domain's scored tokens.
-        targets: their next tokens, shape (n,).
+        source: the domain's tokens to learn from.
         anchor: base quantities at base text.
         loss: the domain loss.
         fisher: output Fisher on base text, shape (C, C).
         generator: of shuffles and draws.
+        aside: other domain text for early stopping, or None.
 
     Attributes:
         multiplier: of the constraint, now.
         start: of the constraint at first; well below it at the end means the budget does not bind.
         drift: on base text at the last step of the dual, in the budget's metric, or None.
-        curve: figures at every step of the dual.
+        curve: figures at every step of the dual and every look at the documents set aside.
+        stopped: step of the heads that are returned.
     """
 
     def __init__(
         self,
         fit: Fit,
-        at: Reference,
-        targets: Tensor,
+        source: Source,
         anchor: Reference,
         loss: CandidateSoftmax,
         fisher: Tensor,
         generator: torch.Generator,
+        aside: Aside | None = None,
     ) -> None:
-        self.fit, self.at, self.targets, self.anchor = fit, at, targets, anchor
+        self.fit, self.source, self.anchor, self.aside = fit, source, anchor, aside
         self.watched = anchor.some(fit.probe // 2)
+        if fit.budget.hard:
+            # The constraint is on the domain's own contexts as well.
+            self.watched = self.watched.join(source.some(fit.probe // 2))
         self.loss, self.fisher, self.generator = loss, fisher, generator
         # A step in the head is then a step of the hidden state, whatever the scale of U.
-        self.unit = at.scale.log().mean(0).exp().unsqueeze(-1)
-        shape = (at.loc.shape[1], at.states.shape[1])
+        scale = source.some(4096).scale
+        self.unit = scale.log().mean(0).exp().unsqueeze(-1)
+        shape = (scale.shape[1], anchor.states.shape[1])
         self.second = torch.zeros(shape, requires_grad=True)
         self.first = None if fit.location_only else torch.zeros(shape, requires_grad=True)
         value = fit.budget.value or 1.0
@@ -110,6 +152,14 @@ class Training:
         self.ratio = 1.0
         self.drift: float | None = None
         self.curve: list[dict[str, float]] = []
+        self.stopped = 0
+        self._best: tuple[float, list[Tensor]] | None = None
+        self._waited = 0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The heads in units of the hidden state."""
+        return [self.second] if self.first is None else [self.second, self.first]
 
     def head(self) -> Head:
         """Give the delta as it is now.
@@ -119,68 +169,84 @@ class Training:
         """
         return Head(self.first, self.second / self.unit, self.fit.chart)
 
-    def batches(self) -> Iterator[Tensor]:
-        """Shuffle the domain's tokens once an epoch.
-
-        Yields:
-            Rows of a batch.
-        """
-        for _ in range(self.fit.epochs):
-            yield from torch.randperm(len(self.targets), generator=self.generator).split(self.fit.batch)
-
     @torch.enable_grad()
     def run(self, measured: Callable[[Head], float], on_step: Step | None) -> Head:
         """Fit the heads.
 
         Args:
-            measured: mean softmax KL of a head on some held-out base text, to calibrate the Fisher form.
+            measured: the drift of a head in softmax KL on some held-out base text, as the budget's statistic,
+                to calibrate the Fisher form.
             on_step: progress.
 
         Returns:
             The fitted delta, without gradients, before the budget is met exactly.
         """
         fit = self.fit
-        parameters = [self.second] if self.first is None else [self.second, self.first]
-        optimizer = torch.optim.Adam(parameters, lr=fit.lr, betas=(0.9, 0.99))
-        steps = fit.epochs * math.ceil(len(self.targets) / fit.batch)
+        optimizer = torch.optim.Adam(self.parameters, lr=fit.lr, betas=(0.9, 0.99))
+        each = math.ceil(len(self.source) / fit.batch)
+        steps = fit.epochs * each
         # Adam's first steps have full size whatever the gradient: without a warm-up they leave the budget far
         # behind, and the multiplier then holds the fit back for the rest of its steps.
         warm = max(1, steps // 8)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * n / steps)))
         )
-        for step, rows in enumerate(self.batches(), start=1):
-            at = Reference(*(values[rows] for values in self.at))
-            head = self.head()
-            x, y = head.displacement(at.states)
-            nll = self.loss(at.loc + at.scale * y, self.targets[rows], self.generator)
-            if fit.budget.penalty is not None:
-                moved = drift(x, y).sum(-1).mean()
-            else:
-                drawn = torch.randint(len(self.anchor.states), (fit.batch // 2,), generator=self.generator)
-                anchor = Reference(*(values[drawn] for values in self.anchor))
-                moved = token_drift(self.inner, head, anchor, fisher=self.fisher).mean()
-            optimizer.zero_grad()
-            (nll + self.multiplier * moved).backward()
-            optimizer.step()
-            schedule.step()
-            if fit.budget.value is not None and step % PACE == 0:
-                self._ascend(measured if step // PACE == steps // PACE // 2 else None)
-            seen = moved.item() * self.ratio if fit.budget.value is None or self.drift is None else self.drift
-            entry = {
-                "step": step,
-                "steps": steps,
-                "nll": nll.item(),
-                "drift": seen,
-                "multiplier": self.multiplier,
-            }
-            if step % PACE == 0 or step == steps:
-                self.curve.append(entry)
-            if on_step:
-                on_step(entry)
-        with torch.no_grad():
-            head = self.head()
-            return Head(None if head.first is None else head.first.detach(), head.second.detach(), head.chart)
+        step = 0
+        for epoch in range(fit.epochs):
+            whole = epoch >= fit.epochs - fit.full_epochs
+            for rows in self.source.batches(fit.batch, self.generator):
+                step += 1
+                nll, moved = self._step(optimizer, rows, whole)
+                schedule.step()
+                if fit.budget.value is not None and step % PACE == 0:
+                    self._ascend(measured if step // PACE == steps // PACE // 2 else None)
+                entry = {
+                    "step": step,
+                    "steps": steps,
+                    "nll": nll,
+                    "drift": moved * self.ratio if self.drift is None else self.drift,
+                    "multiplier": self.multiplier,
+                }
+                looked = self.aside is not None and (step % max(1, each // CHECKS) == 0 or step == steps)
+                if looked:
+                    entry["held_out"] = self._look(step)
+                if step % PACE == 0 or step == steps or looked:
+                    self.curve.append(entry)
+                if on_step:
+                    on_step(entry)
+                if self._waited >= fit.patience:
+                    return self._finished()
+        if self.aside is None:
+            self.stopped = step
+        return self._finished()
+
+    def _step(self, optimizer: torch.optim.Optimizer, rows: Tensor, whole: bool) -> tuple[float, float]:
+        fit, budget = self.fit, self.fit.budget
+        at, targets = self.source.take(rows), self.source.targets[rows]
+        head = self.head()
+        x, y = head.displacement(at.states)
+        own = drift(x, y).sum(-1) if budget.penalty is not None else None
+        if budget.hard and budget.value is not None:
+            share = ray_share(head, at, self.inner, budget.value / self.ratio, fisher=self.fisher)
+            x, y = head.displacement(at.states, share)
+        loc = at.loc + at.scale * y
+        if whole:
+            nll = full_cross_entropy(loc, targets, self.loss.weight, self.loss.given_bias)
+        else:
+            nll = self.loss(loc, targets, self.generator)
+        if own is not None:
+            moved = own.mean()
+        else:
+            drawn = torch.randint(len(self.anchor.states), (fit.batch // 2,), generator=self.generator)
+            anchor = Reference(*(values[drawn] for values in self.anchor))
+            if budget.hard:
+                anchor = anchor.join(at)
+            values = token_drift(self.inner, head, anchor, fisher=self.fisher)
+            moved = budget.pressed(values * self.ratio if budget.hard else values)
+        optimizer.zero_grad()
+        (nll + self.multiplier * moved).backward()
+        optimizer.step()
+        return nll.item(), moved.item()
 
     # One step of the dual: the drift is taken on the same base tokens each time, since a batch's is too noisy.
     # In metric softmax it is the Fisher form times what a measured KL was of it, asked for once on the way.
@@ -189,11 +255,46 @@ class Training:
         budget = self.fit.budget
         if budget.value is None:
             return
-        inner = float(token_drift(self.inner, self.head(), self.watched, fisher=self.fisher).mean())
+        head = self.head()
+        inner = float(budget.statistic(token_drift(self.inner, head, self.watched, fisher=self.fisher)))
         if measured is not None and budget.metric == "softmax":
-            self.ratio = measured(self.head()) / max(inner, 1e-12)
-        self.drift = inner * self.ratio
+            self.ratio = measured(head) / max(inner, 1e-12)
+        first, self.drift = self.drift is None, inner * self.ratio
+        if first and budget.metric == "latent":
+            # How many latent nats a nat of the served softmax is depends on the scale of U.
+            served = token_drift("fisher", head, self.watched, fisher=self.fisher).mean()
+            rate = float(served) / max(inner, 1e-30)
+            self.start = self.multiplier = GAIN * math.sqrt(max(rate, 1e-30) / budget.value)
         # In logarithms the ascent answers alike to drifts far above and far below the budget.
         excess = math.log(max(self.drift, 1e-12) / budget.value)
         self.multiplier *= math.exp(0.3 * max(-2.0, min(2.0, excess)))
         self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)
+
+    # Loss on the documents set aside, of the delta as its budget would leave it: a delta that is over its
+    # budget now is no better for it. The same draws every time, so that looks can be compared.
+    @torch.no_grad()
+    def _look(self, step: int) -> float:
+        if self.aside is None:
+            return math.nan
+        value, head = self.fit.budget.value, self.head()
+        if value is not None:
+            inner = token_drift(self.inner, head, self.watched, fisher=self.fisher)
+            now = float(self.fit.budget.statistic(inner)) * self.ratio
+            head = head.scaled(min(1.0, math.sqrt(value / max(now, 1e-30))))
+        y = head.displacement(self.aside.at.states)[1]
+        draws = torch.Generator().manual_seed(self.fit.seed)
+        found = float(self.loss(self.aside.at.loc + self.aside.at.scale * y, self.aside.targets, draws))
+        if self._best is None or found < self._best[0]:
+            self._best = found, [parameter.detach().clone() for parameter in self.parameters]
+            self.stopped, self._waited = step, 0
+        else:
+            self._waited += 1
+        return found
+
+    @torch.no_grad()
+    def _finished(self) -> Head:
+        if self._best is not None:
+            for parameter, kept in zip(self.parameters, self._best[1], strict=True):
+                parameter.copy_(kept)
+        head = self.head()
+        return Head(None if head.first is None else head.first.detach(), head.second.detach(), head.chart)

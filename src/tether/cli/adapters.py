@@ -1,0 +1,133 @@
+"""What `learn` and `fuse` do with LoRA adapters in place of deltas."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tether.cli.output import emit
+from tether.cli.progress import reporter
+from tether.errors import ConfigError
+
+__all__ = ["fuse_adapters", "learn_adapter"]
+
+
+def learn_adapter(
+    kind: str,
+    model: str,
+    text: Path,
+    base_text: Path,
+    out: Path,
+    *,
+    budget: float,
+    metric: str,
+    quantile: float | None,
+    tokens: int | None,
+    cache: Path | None,
+    as_json: bool,
+    **unused: Any,
+) -> None:
+    """Learn a domain as an adapter and write its folder.
+
+    Args:
+        kind: only `lora`.
+        model: the base.
+        text: the domain's text.
+        base_text: general text on which the drift is held.
+        out: the folder to write.
+        budget: mean drift allowed on base text, nats per token.
+        metric: what the budget is in.
+        quantile: of the drift that the budget limits, or None for its mean.
+        tokens: domain tokens to use at most.
+        cache: where hidden states of the base are kept.
+        as_json: print JSON.
+        unused: options of `learn` that only a delta has: their value must be what they are left out.
+
+    Raises:
+        ConfigError: another kind, or an option that only a delta has.
+    """
+    from tether.causal.loading import load
+    from tether.delta import adapter_learning
+    from tether.delta.adapter import lora_config
+    from tether.delta.adapter_training import AdapterFit
+    from tether.delta.budget import Budget
+    from tether.delta.fusion import check_free
+    from tether.delta.windows import read_documents
+    from tether.store.reader import sha256_file
+
+    if kind != "lora":
+        raise ConfigError(f"adapter={kind!r}: expected lora")
+    if given := [name for name, value in unused.items() if value]:
+        raise ConfigError(
+            f"--adapter with {', '.join('--' + name.replace('_', '-') for name in given)}: that is for deltas; "
+            "leave it out"
+        )
+    fit = AdapterFit(budget=Budget(value=budget, metric=metric, quantile=quantile))
+    lora_config(fit.rank, fit.alpha)
+    for path in (text, base_text):
+        read_documents(path)
+    check_free(out)
+    base, tokenizer = load(model)
+    with reporter() as steps:
+        adapter = adapter_learning.learn_adapter(
+            base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
+            on_step=steps(f"learning {out.stem}"), fit=fit,
+        )  # fmt: skip
+    adapter.save(out, inputs={"domain": sha256_file(text), "base": sha256_file(base_text)})
+    record = {key: value for key, value in adapter.record.items() if key != "curve"}
+    emit(
+        {"path": str(out), **record},
+        as_json,
+        f"{out}: {record['tokens']} tokens, drift on held-out base text {record['drift_base']:.4f} of {budget} nats "
+        f"({metric})",
+    )
+
+
+def fuse_adapters(
+    model: str,
+    paths: Mapping[str, float],
+    out: Path,
+    *,
+    chart: str,
+    gate: bool,
+    leash: float | None = None,
+    leash_metric: str = "softmax",
+    as_json: bool = False,
+) -> None:
+    """Write adapters, their weights, gates, chart and leash as one folder that AutoModelForCausalLM loads.
+
+    Args:
+        model: the base.
+        paths: folders of adapters with their weights.
+        out: the folder to write.
+        chart: in which their moves are added.
+        gate: whether each acts only on its own domain.
+        leash: largest drift of any context, nats, or None.
+        leash_metric: what it is in.
+        as_json: print JSON.
+
+    Raises:
+        ConfigError: adapters together with deltas.
+    """
+    from tether.causal.loading import load
+    from tether.delta.adapter import Adapter, is_adapter
+    from tether.delta.adapter_serving import save_adapted, serve
+    from tether.delta.fusion import check_free
+
+    deltas = [path for path in paths if not is_adapter(path)]
+    if deltas:
+        raise ConfigError(
+            f"{', '.join(deltas)} beside adapters: expected one kind; learn the domain in the same form"
+        )
+    check_free(out)
+    adapters = {Adapter.load(path): weight for path, weight in paths.items()}
+    base, tokenizer = load(model)
+    served = serve(base, adapters, chart=chart, gated=gate, leash=leash, leash_metric=leash_metric)
+    save_adapted(served, adapters, tokenizer, out, base=model)
+    parts = " + ".join(f"{weight:g} {adapter.name}" for adapter, weight in adapters.items())
+    described = served.config.fusion
+    emit(
+        {"path": str(out), **described},
+        as_json,
+        f"{out}: adapters {parts}, chart {chart}, {'gated' if described['gated'] else 'ungated'}; the base stays in "
+        f"{model}",
+    )

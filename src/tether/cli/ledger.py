@@ -1,0 +1,163 @@
+"""`ledger`, and what `fuse` does with deltas: fuse, add to a fusion, take out of one, within a budget."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tether.cli.output import emit, quiet_libraries
+from tether.cli.progress import reporter
+from tether.errors import CertificateError, ConfigError
+
+__all__ = ["fuse_domains", "ledger"]
+
+
+def ledger(
+    fused: Annotated[Path, typer.Argument(help="Folder of the fused checkpoint.")],
+    text: Annotated[Path, typer.Option(help="Text to account on, customarily the budgets' base text.")],
+    next_drift: Annotated[
+        float | None, typer.Option("--next", help="What would another delta of this latent drift do? Nats.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.")] = 4000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Account for a fusion's drift: each domain's share, what pairs do to each other, what room is left."""
+    quiet_libraries()
+    from tether.causal.loading import load
+    from tether.delta.ledger import keep_ledger
+    from tether.delta.windows import read_documents
+
+    read_documents(text)
+    model, tokenizer = load(str(fused))
+    with reporter() as steps:
+        figures = keep_ledger(
+            model, tokenizer, text, next_drift=next_drift, tokens=tokens, on_step=steps("accounting")
+        )
+    emit(figures, as_json, "\n".join(_lines(figures)))
+
+
+def _lines(figures: dict[str, Any]) -> list[str]:
+    lines = [
+        f"latent drift, mean over {figures['tokens']} contexts, nats; chart {figures['chart']}",
+        f"{'domain':<16}{'weight':>8}{'open':>7}{'alone':>11}{'share':>11}{'removal':>11}",
+    ]
+    lines += [
+        f"{name:<16}{row['weight']:>8.3g}{row['gate_open']:>7.1%}{row['alone']:>11.5g}{row['share']:>11.5g}"
+        f"{row['removal']:>11.5g}"
+        for name, row in figures["domains"].items()
+    ]
+    lines += [f"{pair}: {nats:+.5g} together" for pair, nats in figures["interactions"].items()]
+    lines.append(f"all: {_ratio(figures['total'])}; softmax KL {figures['softmax_kl']:.5g} measured")
+    lines += [f"  in {chart}: {_ratio(row)}" for chart, row in figures["charts"].items()]
+    if figures["leash"] is not None:
+        lines.append(
+            f"leash {figures['leash']['nats']:g} nats ({figures['leash']['metric']}): pulls "
+            f"{figures['leash_pulled']:.2%} of contexts back, leaves {figures['total']['leashed']:.5g}"
+        )
+    if figures["allowance"] is not None:
+        lines.append(f"budget {figures['allowance']['nats']:g} nats ({figures['allowance']['metric']})")
+    if figures["room"] is not None:
+        lines.append(f"room for another delta of latent drift {figures['room']:.5g} at weight 1")
+    if figures["next"] is not None:
+        after = figures["next"]
+        lines.append(f"with another delta of drift {after['drift']:g}: at most {after['allowed']:.5g}")
+    return lines
+
+
+def _ratio(row: dict[str, float]) -> str:
+    return f"allowed {row['allowed']:.5g}, measured {row['measured']:.5g}, ratio {row['ratio']:.3f}"
+
+
+def fuse_domains(
+    model: str,
+    paths: dict[str, float],
+    out: Path,
+    *,
+    chart: str | None,
+    gate: bool | None,
+    leash: float | None,
+    leash_metric: str,
+    remove: Sequence[str],
+    budget: float | None,
+    budget_metric: str,
+    text: Path | None,
+    as_json: bool,
+) -> None:
+    """Fuse deltas into a base, or change a fusion, and write the checkpoint; see `fuse` for the arguments.
+
+    What is not given is taken over from a fusion that is changed.
+
+    Raises:
+        ConfigError: options that do not fit together, or a domain that is not there.
+        Exit: the fusion breaks its budget; nothing is written.
+    """
+    from tether.causal.leash import METRICS, check_leash
+    from tether.causal.loading import load
+    from tether.delta.delta import Delta
+    from tether.delta.fusion import fuse, save_checkpoint, unfuse
+    from tether.delta.windows import read_documents, text_hash
+
+    if leash:
+        check_leash(leash, leash_metric)
+    if budget is not None and text is None:
+        raise ConfigError(f"--budget {budget:g} without --text: expected the general text it is checked on")
+    if budget is not None and not (budget > 0 and budget_metric in METRICS):
+        raise ConfigError(
+            f"budget {budget:g} in {budget_metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
+        )
+    documents = text_hash(read_documents(text)) if text is not None else None
+    added = {Delta.load(path): weight for path, weight in paths.items()}
+    base, tokenizer = load(model)
+    before: dict[str, Any] = base.config.fusion or {}
+    kept: dict[Delta, float] = {}
+    inputs = {delta.name: delta.path for delta in added if delta.path is not None}
+    if before:
+        base, kept = unfuse(base)
+        inputs["fused"] = Path(model) / "model.safetensors"
+    if missing := set(remove) - {delta.name for delta in kept}:
+        has = ", ".join(delta.name for delta in kept) or "none"
+        raise ConfigError(f"no domain {', '.join(sorted(missing))} to remove: the model has {has}")
+    kept = {delta: weight for delta, weight in kept.items() if delta.name not in remove}
+    held: dict[str, Any] | None = before.get("leash")
+    if leash is not None:
+        held = {"nats": leash, "metric": leash_metric} if leash else None
+    allowance: dict[str, Any] | None = before.get("allowance")
+    if budget is not None:
+        allowance = {"nats": budget, "metric": budget_metric, "text": documents}
+    elif allowance is not None and added and documents != allowance["text"]:
+        raise ConfigError(
+            f"the fusion has a budget of {allowance['nats']:g} nats ({allowance['metric']}), and "
+            f"{'no --text' if text is None else f'another text ({text})'} was given: expected the text it was "
+            "declared on, to check what is added; or declare a new --budget"
+        )
+    fused = fuse(
+        base, kept | added, chart=chart or before.get("chart", "symmetric"),
+        gated=before.get("gated", True) if gate is None else gate, allowance=allowance,
+        leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
+    )  # fmt: skip
+    drift = None
+    if allowance is not None and text is not None:
+        drift = _checked(fused, tokenizer, text, allowance)
+    save_checkpoint(
+        fused, tokenizer, out, inputs={role: path for role, path in inputs.items() if path.is_file()}
+    )
+    described: dict[str, Any] = fused.config.fusion
+    parts = " + ".join(f"{w:g} {n}" for n, w in zip(described["domains"], described["weights"], strict=True))
+    said = f"{out}: {parts}, chart {described['chart']}, {'gated' if described['gated'] else 'ungated'}"
+    if held:
+        said += f", leash {held['nats']:g} nats ({held['metric']})"
+    if drift is not None and allowance is not None:
+        said += f"; mean drift {drift:.5g} of {allowance['nats']:g} nats ({allowance['metric']})"
+    emit({"path": str(out), **described, "drift": drift}, as_json, said)
+
+
+def _checked(fused: Any, tokenizer: Any, text: Path, allowance: dict[str, Any]) -> float:
+    from tether.delta.ledger import check_allowance
+
+    with reporter() as steps:
+        try:
+            return check_allowance(fused, tokenizer, text, allowance, on_step=steps("checking the budget"))
+        except CertificateError as error:
+            typer.echo(f"tether: {error}", err=True)
+            raise typer.Exit(1) from error

@@ -1,0 +1,305 @@
+"""A domain as a LoRA adapter on the backbone: a folder that PEFT reads, with a gate and a record beside it."""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tether.delta.gate import Gate
+from tether.errors import CheckpointError, ConfigError
+from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
+from tether.store.publish import publish_folder
+from tether.store.reader import CheckpointReader
+from tether.store.writer import write_safetensors
+
+__all__ = ["Adapter", "Attached", "frozen_twin", "is_adapter", "lora_config"]
+
+WEIGHTS, CONFIG, GATE = "adapter_model.safetensors", "adapter_config.json", "gate.safetensors"
+"""The first two are PEFT's names."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A LoRA adapter with what makes it a domain: whose backbone it fits, where it acts, how it was learnt.
+
+    Compared and hashed by identity, so that it can be the key of a dict of weights.
+
+    Attributes:
+        name: domain name.
+        config: PEFT's `LoraConfig`.
+        tensors: PEFT's state dict of the adapter.
+        gate: one-class gate, which reads the base's hidden state, or None.
+        base: fingerprint of the backbone it was learnt on.
+        record: how it was learnt: budget, metric, figures, hashes of the texts, versions.
+        path: the folder it was read from or saved to.
+    """
+
+    name: str
+    config: Any
+    tensors: dict[str, Tensor]
+    gate: Gate | None
+    base: str
+    record: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def save(self, folder: str | Path, *, inputs: Mapping[str, str] | None = None) -> "Adapter":
+        """Write the adapter as one folder, whole or not at all.
+
+        `PeftModel.from_pretrained(base, folder)` loads it: it is within its budget as it is, since the factor
+        that met the budget is part of the weights. PEFT knows nothing of the gate.
+
+        Args:
+            folder: must be absent or empty.
+            inputs: sha256 of each file it was learnt from, by role.
+
+        Returns:
+            The same adapter with its path set.
+        """
+        folder = Path(folder)
+        with publish_folder(folder) as target:
+            kept = {name: values.detach().cpu().contiguous() for name, values in self.tensors.items()}
+            write_safetensors(target / WEIGHTS, kept, {"format": "pt"})
+            self.config.save_pretrained(target)
+            if self.gate is not None:
+                gate = {name: values.contiguous() for name, values in self.gate._asdict().items()}
+                write_safetensors(target / GATE, gate)
+            listed = tuple(
+                Input(role=role, path=role, sha256=sha256) for role, sha256 in (inputs or {}).items()
+            )
+            recipe = {
+                "name": self.name,
+                "base": self.base,
+                "gated": self.gate is not None,
+                "record": self.record,
+            }
+            write_manifest(target, Manifest(kind="adapter", inputs=listed, recipe=recipe))
+        return Adapter(**{**self.__dict__, "path": folder})
+
+    @staticmethod
+    def load(folder: str | Path) -> "Adapter":
+        """Read an adapter.
+
+        Args:
+            folder: written by `save`.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            CheckpointError: the folder is missing or damaged, or holds an adapter that tether did not write.
+        """
+        from peft import PeftConfig
+
+        folder = Path(folder)
+        if not is_adapter(folder):
+            raise CheckpointError(
+                f"{folder}: expected an adapter written by 'tether learn --adapter lora' (a folder with {CONFIG} and "
+                f"{MANIFEST})"
+            )
+        recipe = read_manifest(folder).recipe
+        reader = CheckpointReader(folder / WEIGHTS)
+        gate = None
+        if recipe["gated"]:
+            gates = CheckpointReader(folder / GATE)
+            gate = Gate(*(gates.tensor(name) for name in Gate._fields))
+        return Adapter(
+            name=recipe["name"],
+            config=PeftConfig.from_pretrained(folder),
+            tensors={name: reader.tensor(name) for name in reader.names},
+            gate=gate,
+            base=recipe["base"],
+            record=recipe["record"],
+            path=folder,
+        )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Tell whether a path is an adapter's folder.
+
+    Args:
+        path: any path.
+
+    Returns:
+        Whether PEFT's and tether's files are there.
+    """
+    path = Path(path)
+    if not ((path / CONFIG).is_file() and (path / MANIFEST).is_file()):
+        return False
+    return bool(json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind") == "adapter")
+
+
+def lora_config(rank: int, alpha: int) -> Any:
+    """Describe a LoRA on every linear layer of the backbone: attention and MLP.
+
+    Args:
+        rank: r, >= 1.
+        alpha: the update is alpha / r B A.
+
+    Returns:
+        PEFT's `LoraConfig`.
+
+    Raises:
+        ConfigError: PEFT is not installed.
+
+    Reference:
+        Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError(
+            "adapters need the package peft, which is not installed: pip install 'tether[adapters]'"
+        ) from error
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+class Attached:
+    """A twin of a model's backbone with adapters in it; weights are shared, and the model stays as it is.
+
+    Args:
+        model: the base.
+        name: of the first adapter.
+        config: its `LoraConfig`; its weights start as PEFT starts them, drawn from `generator`.
+        generator: of the start.
+
+    Attributes:
+        peft: PEFT's model around the twin.
+    """
+
+    def __init__(self, model: Any, name: str, config: Any, generator: torch.Generator | None = None) -> None:
+        from peft import get_peft_model
+
+        # Here, not above: transformers' Auto module has tether's models registered once it is loaded, this one too.
+        from transformers import AutoModelForCausalLM
+
+        self.slots: dict[str, str] = {}
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(model.backbone.config)
+        setattr(shell, shell.base_model_prefix, frozen_twin(model.backbone))
+        # PEFT draws from the global generator; it is put back, and the draw is replaced.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5.23 for a property under its old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            self.peft = get_peft_model(shell, _bare(config), adapter_name=self.slot(name)).eval()
+        self.backbone: nn.Module = getattr(shell, shell.base_model_prefix)
+        if generator is not None:
+            for key, values in sorted(self.peft.named_parameters()):
+                if f"lora_A.{self.slot(name)}" in key:
+                    nn.init.kaiming_uniform_(values, a=5**0.5, generator=generator)
+
+    @staticmethod
+    def of(model: Any, adapters: Mapping[str, Adapter]) -> "Attached":
+        """Put learnt adapters into a twin of a model's backbone.
+
+        Args:
+            model: the base.
+            adapters: by the name they get.
+
+        Returns:
+            The twin with all of them.
+
+        Raises:
+            CheckpointError: an adapter's weights do not fit the backbone.
+        """
+        from peft import set_peft_model_state_dict
+
+        first, *others = adapters
+        made = Attached(model, first, adapters[first].config)
+        with torch.random.fork_rng(devices=[]):
+            for name in others:
+                made.peft.add_adapter(made.slot(name), _bare(adapters[name].config))
+        for name, adapter in adapters.items():
+            # Shapes are checked here, since PEFT's own message names neither file nor way out.
+            expected = {key: values.shape for key, values in made.weights(name).items()}
+            if {key: values.shape for key, values in adapter.tensors.items()} != expected:
+                raise CheckpointError(
+                    f"adapter {adapter.name!r}: its weights do not fit this backbone "
+                    f"({len(adapter.tensors)} tensors, {len(expected)} expected); learn it again on this base"
+                )
+            set_peft_model_state_dict(made.peft, adapter.tensors, adapter_name=made.slot(name))
+        made.peft.eval().requires_grad_(False)
+        return made
+
+    def slot(self, name: str) -> str:
+        """Give the name that PEFT knows an adapter under: a domain's own may hold dots, or letters of PEFT's.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            The same each time.
+        """
+        return self.slots.setdefault(name, f"domain_{len(self.slots)}")
+
+    def rescale(self, name: str, factor: float) -> None:
+        """Let an adapter act by a factor of what its weights say.
+
+        Args:
+            name: of the adapter.
+            factor: any finite number.
+        """
+        for module in self.peft.modules():
+            if self.slot(name) in getattr(module, "lora_B", {}):
+                module.set_scale(self.slot(name), factor)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Give an adapter's weights under PEFT's names.
+
+        Args:
+            name: of the adapter.
+
+        Returns:
+            Its state dict.
+        """
+        from peft import get_peft_model_state_dict
+
+        kept = get_peft_model_state_dict(self.peft, adapter_name=self.slot(name), save_embedding_layers=False)
+        return dict(kept)
+
+    def states(self, name: str, input_ids: Tensor, **options: Any) -> Any:
+        """Run the backbone with one adapter.
+
+        Args:
+            name: which.
+            input_ids: shape (B, T).
+            options: for the backbone; without a cache unless given.
+
+        Returns:
+            The backbone's output.
+        """
+        if self.peft.active_adapter != self.slot(name):
+            self.peft.set_adapter(self.slot(name), inference_mode=True)
+        return self.backbone(input_ids=input_ids, **{"use_cache": False, **options})
+
+
+def _bare(config: Any) -> Any:
+    # PEFT warns where the model's name is not the one that an adapter was learnt under; the fingerprint is checked.
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None
+    return config
+
+
+def frozen_twin(module: nn.Module) -> Any:
+    """Copy a module without its weights: own Parameter objects, which need no gradient, on the same storage.
+
+    What is done to the twin, frozen, trained around or given adapters, does not reach the module.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The twin.
+    """
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()
+    }
+    shared |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, shared)

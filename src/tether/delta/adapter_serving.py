@@ -1,0 +1,263 @@
+"""Serve adapters as a fused model: gates, chart and leash as for deltas, on moves that adapters make.
+
+An adapter moves the hidden state z to z'. Through the frozen abduction that is a move of the law of U in the
+same context, so what holds for moves, whoever makes them, holds here: the charts' bounds given each adapter's
+own drift, gates, and the run-time leash. What is missing is a bound before running: an adapter's own drift in a
+context is known only from its pass.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tether.cauchy.charts import CHARTS
+from tether.causal.config import CausalQwenConfig
+from tether.causal.leash import check_leash
+from tether.causal.loading import load
+from tether.causal.modeling import CausalQwenForCausalLM
+from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
+from tether.delta.cache import backbone_print
+from tether.delta.gate import describe_gates, put_gate
+from tether.errors import CheckpointError, ConfigError
+from tether.store.manifest import Manifest, write_manifest
+from tether.store.publish import publish_folder
+
+__all__ = ["AdaptedConfig", "AdaptedForCausalLM", "save_adapted", "serve"]
+
+
+@strict
+class AdaptedConfig(CausalQwenConfig):
+    """Fields of a model served with adapters.
+
+    Args:
+        base: where the base is: alias, hub id, absolute path, or path relative to the folder.
+    """
+
+    model_type = "causal_qwen_adapted"
+
+    base: str | None = None
+
+
+class AdaptedForCausalLM(CausalQwenForCausalLM):
+    """A model with adapters in its backbone; made by `serve`, written by `save_adapted`.
+
+    Loaded by `AutoModelForCausalLM` like any checkpoint of tether; its folder holds the adapters, not the base.
+
+    Args:
+        config: the base's with `fusion` set by `serve`.
+    """
+
+    config_class = AdaptedConfig
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *_: Any, **options: Any) -> "AdaptedForCausalLM":
+        """Serve again what `save_adapted` wrote.
+
+        Args:
+            folder: written by `save_adapted`.
+            options: `dtype` of the base's weights; others have no meaning here.
+
+        Returns:
+            The served model, in evaluation mode.
+
+        Raises:
+            CheckpointError: the folder is damaged, or the base found is another one.
+        """  # noqa: DOC502 - raised by what it calls
+        folder = Path(folder)
+        config = AdaptedConfig.from_pretrained(folder)
+        described = config.fusion or {}
+        # A base beside the folder moves with it.
+        beside = folder / str(config.base)
+        dtype = options.get("dtype")
+        base, _ = load(
+            str(beside) if beside.exists() else str(config.base), None if dtype == "auto" else dtype
+        )
+        loaded = [Adapter.load(folder / name) for name in described["domains"]]
+        leash = described.get("leash") or {"nats": None, "metric": "softmax"}
+        served = serve(
+            base,
+            dict(zip(loaded, described["weights"], strict=True)),
+            chart=described["chart"],
+            gated=described["gated"],
+            leash=leash["nats"],
+            leash_metric=leash["metric"],
+        )
+        served.config.base = config.base
+        served.name_or_path = str(folder)
+        return served
+
+    def generate(self, *inputs: Any, num_beams: int = 1, **options: Any) -> Any:
+        """Write; see `CausalQwenForCausalLM.generate`.
+
+        Args:
+            inputs: as there.
+            num_beams: only 1: beams are reordered in the base's cache, and the adapters' would not follow.
+            options: as there.
+
+        Returns:
+            As there.
+
+        Raises:
+            ConfigError: more than one beam.
+        """
+        if num_beams != 1:
+            raise ConfigError(
+                f"num_beams={num_beams}: a model with adapters writes with one beam; leave it out"
+            )
+        return super().generate(*inputs, **options)
+
+
+def serve(
+    model: CausalQwenForCausalLM,
+    adapters: Mapping[Adapter, float],
+    *,
+    chart: str = "symmetric",
+    gated: bool | None = None,
+    leash: float | None = None,
+    leash_metric: str = "softmax",
+) -> "AdaptedForCausalLM":
+    """Put learnt adapters on a model as a fusion; generation, measuring and certifying work as for deltas.
+
+    Cost: 1 + N passes of the backbone a token (two for one adapter, the price of a leash and of gates that read
+    the base's state).
+
+    Args:
+        model: the base, without a fusion; it is not touched.
+        adapters: each adapter's weight, finite, any sign.
+        chart: the chart in which their moves are added.
+        gated: whether each adapter acts only where its gate is open; None gates when every adapter has a gate.
+        leash: largest drift of any context, nats, or None.
+        leash_metric: `softmax` or `latent`.
+
+    Returns:
+        The served model, in evaluation mode. Write it with `save_adapted`.
+
+    Raises:
+        ConfigError: no adapters, an unknown chart, a weight that is not finite, two of one name, a gate asked
+            for and missing, a leash that means nothing, or a model that is fused already.
+        CheckpointError: an adapter was learnt on another base.
+    """
+    if chart not in CHARTS:
+        raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
+    if leash is not None:
+        check_leash(leash, leash_metric)
+    names = [adapter.name for adapter in adapters]
+    if not names or len(set(names)) < len(names) or not all(map(math.isfinite, adapters.values())):
+        raise ConfigError(
+            f"adapters {names} with weights {list(adapters.values())}: expected at least one, distinct names and "
+            "finite weights"
+        )
+    if model.fusion is not None:
+        raise ConfigError(
+            f"the model is fused already ({', '.join(model.fusion.domains)}): expected its base"
+        )
+    for adapter in adapters:
+        # The backbone alone counts: an adapter gives z', whatever the latent is.
+        if adapter.base != backbone_print(model):
+            raise CheckpointError(
+                f"adapter {adapter.name!r} was learnt on base {adapter.base[:19]}..., the model given is "
+                f"{backbone_print(model)[:19]}...: learn it again on this base, or name the other base"
+            )
+    ungated = [adapter.name for adapter in adapters if adapter.gate is None]
+    if gated and ungated:
+        raise ConfigError(
+            f"{', '.join(ungated)}: no gate in the adapter; learn it with a gate, or serve without"
+        )
+    described = _describe(adapters, chart, not ungated if gated is None else gated)
+    if leash is not None:
+        described["leash"] = {"nats": leash, "metric": leash_metric}
+    with torch.device("meta"):
+        served = AdaptedForCausalLM(AdaptedConfig(**model.config.to_dict()))
+    served.config.fusion = described
+    for part in ("numeric", "abduction", "action"):
+        setattr(served, part, getattr(model, part))
+    fusion = _gates(list(adapters), AdapterFusion(model.abduction, described), model.action.weight.device)
+    attached = Attached.of(model, {adapter.name: adapter for adapter in adapters})
+    served.backbone = AdaptedBackbone(model.backbone, attached, names, fusion)
+    served.fusion = fusion
+    served.generation_config = copy.deepcopy(model.generation_config)
+    served.name_or_path = served.config._name_or_path = ""
+    served.eval()
+    return served
+
+
+def _describe(adapters: Mapping[Adapter, float], chart: str, gated: bool) -> dict[str, Any]:
+    gates = [adapter.gate for adapter in adapters if adapter.gate is not None]
+    described: dict[str, Any] = {
+        "kind": "adapters",
+        "chart": chart,
+        "gated": gated,
+        "domains": [adapter.name for adapter in adapters],
+        "native": ["symmetric"] * len(adapters),
+        "weights": [float(weight) for weight in adapters.values()],
+        "location_only": False,
+        "budgets": [{key: adapter.record.get(key) for key in ("metric", "budget")} for adapter in adapters],
+    }
+    if gated:
+        described |= describe_gates(gates)
+    return described
+
+
+@torch.no_grad()
+def _gates(adapters: list[Adapter], fusion: AdapterFusion, device: torch.device) -> AdapterFusion:
+    if not fusion.gated:
+        return fusion
+    names = ("gate_center", "gate_whitening", "gate_precision", "gate_threshold")
+    for name in names:
+        shape = getattr(fusion, name).shape
+        setattr(fusion, name, nn.Parameter(torch.zeros(shape, device=device), requires_grad=False))
+    for row, adapter in enumerate(adapters):
+        gate = adapter.gate
+        if gate is not None:
+            put_gate(fusion, row, gate, f"adapter {adapter.name!r}")
+    return fusion
+
+
+def save_adapted(
+    served: AdaptedForCausalLM,
+    adapters: Mapping[Adapter, float],
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    base: str,
+) -> Path:
+    """Write what `serve` put together: the adapters, their weights, chart, gates and leash; not the base.
+
+    Args:
+        served: from `serve`.
+        adapters: what it was made of.
+        tokenizer: the base's tokenizer.
+        folder: where to; must be absent or empty.
+        base: alias, path or hub id under which the base is found again; its fingerprint is checked then.
+
+    Returns:
+        The folder, which becomes the model's `name_or_path`.
+    """
+    folder = Path(folder)
+    served.config.base = os.path.relpath(base, folder) if Path(base).exists() else base
+    with publish_folder(folder) as target:
+        for adapter in adapters:
+            adapter.save(target / adapter.name)
+        served.config.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        recipe = {
+            "base": base,
+            "base_fingerprint": served.config.base_fingerprint,
+            "fusion": served.config.fusion,
+        }
+        write_manifest(target, Manifest(kind="adapted", recipe=recipe))
+    served.name_or_path = str(folder)
+    return folder
+
+
+AutoConfig.register("causal_qwen_adapted", AdaptedConfig, exist_ok=True)
+AutoModelForCausalLM.register(AdaptedConfig, AdaptedForCausalLM, exist_ok=True)

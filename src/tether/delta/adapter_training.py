@@ -1,0 +1,240 @@
+"""The loop of an adapter's fit: Adam on the LoRA, dual ascent on the multiplier of the drift on base text."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tether.delta.adapter import Attached, frozen_twin
+from tether.delta.adapter_drift import adapter_drift, softmax_kl
+from tether.delta.budget import Budget
+from tether.delta.cache import StateCache
+from tether.delta.objective import full_cross_entropy, output_fisher
+from tether.delta.source import reference
+from tether.delta.training import Step
+from tether.delta.windows import Batch, Windows
+from tether.errors import ConfigError
+
+__all__ = ["AdapterFit", "AdapterTraining", "take_windows"]
+
+
+SMOOTH = 0.8
+"""Share of the past in the running mean of the drift, which a batch of one context tells only roughly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterFit:
+    """Options of an adapter's fit.
+
+    Attributes:
+        budget: the constraint on base text; None fits without one (plain LoRA).
+        replay: a fixed multiplier of the drift on base text in place of dual ascent (plain LoRA with KL replay);
+            needs no budget. With one, the factor that meets it is still found.
+        rank: r of the LoRA.
+        alpha: its update is alpha / r B A.
+        epochs: passes over the domain text.
+        batch: domain windows a step.
+        base_batch: base windows a step.
+        lr: peak learning rate of Adam.
+        gate: fit a one-class gate too.
+        probe: held-out base tokens on which the budget is met.
+        seed: of the start and the shuffles.
+    """
+
+    budget: Budget | None = field(default_factory=Budget)
+    replay: float | None = None
+    rank: int = 8
+    alpha: int = 16
+    epochs: int = 1
+    batch: int = 2
+    base_batch: int = 1
+    lr: float = 1e-3
+    gate: bool = True
+    probe: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.rank, self.alpha, self.epochs, self.batch, self.base_batch, self.probe)
+        if min(counts) < 1 or not self.lr > 0:
+            raise ConfigError(
+                f"rank={self.rank}, alpha={self.alpha}, epochs={self.epochs}, batch={self.batch}, "
+                f"base_batch={self.base_batch}, probe={self.probe}, lr={self.lr}: expected positive numbers"
+            )
+        if self.replay is not None and not (math.isfinite(self.replay) and self.replay >= 0):
+            raise ConfigError(f"replay={self.replay}: expected a multiplier, finite and >= 0")
+        if self.budget is not None and self.budget.penalty is not None:
+            raise ConfigError(
+                "a penalty on the domain's own contexts is a delta's form of learning; give an adapter a budget, or "
+                "replay on base text"
+            )
+        if self.budget is not None and self.budget.hard:
+            raise ConfigError(
+                "a hard budget limits every training context: an adapter is scaled by one factor and has no move a "
+                "context that could be shortened; give a mean or a quantile, and leash the served model"
+            )
+
+    @property
+    def holds(self) -> bool:
+        """Whether base text takes part in the fit."""
+        return self.budget is not None or bool(self.replay)
+
+
+class AdapterTraining:
+    """The loop: Adam on A and B, dual ascent on the multiplier.
+
+    Args:
+        model: the base; nothing of it is changed.
+        attached: holds the adapter.
+        name: of the adapter.
+        domain: states of the domain's text, of which only the tokens are read.
+        base: states of base text.
+        fit: options.
+        generator: of the shuffles.
+
+    Attributes:
+        multiplier: of the drift on base text, now.
+        drift: running mean of what the budget limits, at the base batches so far, or None.
+        curve: figures at about thirty of the steps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attached: Attached,
+        name: str,
+        domain: StateCache,
+        base: StateCache,
+        fit: AdapterFit,
+        generator: torch.Generator,
+    ) -> None:
+        # Gradients pass through the heads to the adapter, and must not be left in the model's own weights.
+        heads = {part: frozen_twin(getattr(model, part)) for part in ("abduction", "action")}
+        self.model, self.attached, self.name = SimpleNamespace(**heads), attached, name
+        self.domain, self.base, self.fit, self.generator = domain, base, fit, generator
+        self.metric = "softmax" if fit.budget is None else fit.budget.metric
+        value = 0.05 if fit.budget is None or fit.budget.value is None else fit.budget.value
+        self.start = self.multiplier = 0.05 / value if fit.replay is None else fit.replay
+        self.fisher = None
+        if self.metric == "fisher":
+            some = reference(model, base.states[:1024].float()).loc
+            bias = None if model.action.bias is None else model.action.bias.detach()
+            self.fisher = output_fisher(model.action.weight.detach(), some, bias)
+        self.drift: float | None = None
+        self.curve: list[dict[str, float]] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """Shuffle the domain's windows once an epoch.
+
+        Yields:
+            Windows of a step.
+        """
+        for _ in range(self.fit.epochs):
+            windows = self.domain.windows
+            order = torch.randperm(len(windows.starts) - 1, generator=self.generator)
+            yield from (take_windows(windows, rows) for rows in order.split(self.fit.batch))
+
+    @torch.enable_grad()
+    def run(self, on_step: Step | None) -> None:
+        """Fit the adapter.
+
+        Args:
+            on_step: called with step, steps, nll, drift and multiplier.
+        """
+        fit = self.fit
+        learnt = [values for values in self.attached.peft.parameters() if values.requires_grad]
+        optimizer = torch.optim.Adam(learnt, lr=fit.lr, betas=(0.9, 0.99))
+        steps = fit.epochs * math.ceil((len(self.domain.windows.starts) - 1) / fit.batch)
+        warm = max(1, steps // 8)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min((n + 1) / warm, 0.5 * (1 + math.cos(math.pi * n / steps)))
+        )
+        for step, batch in enumerate(self.batches(), start=1):
+            optimizer.zero_grad()
+            # Two backward passes, so that the graphs of both texts are never held at once.
+            nll = self.domain_loss(batch)
+            nll.backward()
+            if fit.holds:
+                pressed = self.base_drift()
+                (self.multiplier * pressed).backward()
+                if step > warm:
+                    self._ascend()
+            optimizer.step()
+            schedule.step()
+            entry = {"step": step, "steps": steps, "nll": nll.item(), "multiplier": self.multiplier}
+            entry["drift"] = 0.0 if self.drift is None else self.drift
+            if step % max(1, steps // 30) == 0 or step == steps:
+                self.curve.append(entry)
+            if on_step:
+                on_step(entry)
+
+    def domain_loss(self, batch: Batch) -> Tensor:
+        """Compute the loss of the domain.
+
+        Args:
+            batch: windows of its text.
+
+        Returns:
+            Mean negative log likelihood, nats.
+        """
+        windows = self.domain.windows
+        targets = windows.targets[windows.positions(batch)]
+        states = self.attached.states(self.name, self._to_device(batch)).last_hidden_state.cpu()
+        states, targets = states[batch.mask][targets >= 0], targets[targets >= 0]
+        action = self.model.action
+        bias = None if action.bias is None else action.bias.detach()
+        loc = self.model.abduction(states.to(action.weight.dtype))[0]
+        return full_cross_entropy(loc, targets, action.weight.detach(), bias)
+
+    def base_drift(self) -> Tensor:
+        """Compute the drift on base windows drawn at random.
+
+        Returns:
+            What the fit is penalised for, nats.
+        """
+        windows = self.base.windows
+        rows = torch.randint(len(windows.starts) - 1, (self.fit.base_batch,), generator=self.generator)
+        batch = take_windows(windows, rows)
+        before = self.base.states[windows.positions(batch)].float()
+        after = self.attached.states(self.name, self._to_device(batch)).last_hidden_state.cpu()[batch.mask]
+        if self.metric == "softmax":
+            drifts = softmax_kl(self.model, before, after)
+        else:
+            drifts = adapter_drift(self.metric, self.model, before, after, self.fisher)
+        budget = self.fit.budget
+        seen = float((drifts.mean() if budget is None else budget.statistic(drifts)).detach())
+        self.drift = seen if self.drift is None else SMOOTH * self.drift + (1 - SMOOTH) * seen
+        return drifts.mean() if budget is None else budget.pressed(drifts)
+
+    def _to_device(self, batch: Batch) -> Tensor:
+        return batch.input_ids.to(self.model.action.weight.device)
+
+    # In logarithms the ascent answers alike to drifts far above and far below the budget; a fit has some dozens
+    # of steps, in which the multiplier can change by a factor of a hundred.
+    def _ascend(self) -> None:
+        budget = self.fit.budget
+        if budget is None or budget.value is None or self.fit.replay is not None or self.drift is None:
+            return
+        excess = math.log(max(self.drift, 1e-12) / budget.value)
+        self.multiplier *= math.exp(0.1 * max(-2.0, min(2.0, excess)))
+        self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)
+
+
+def take_windows(windows: Windows, rows: Tensor) -> Batch:
+    """Put some windows side by side.
+
+    Args:
+        windows: the text.
+        rows: which windows, shape (B,).
+
+    Returns:
+        The batch, padded on the right.
+    """
+    lengths = windows.starts.diff()[rows]
+    time_of = torch.arange(int(lengths.max()))
+    mask = time_of < lengths.unsqueeze(-1)
+    index = (windows.starts[rows].unsqueeze(-1) + time_of).clamp(max=len(windows.input_ids) - 1)
+    return Batch(rows, torch.where(mask, windows.input_ids[index], 0), mask)

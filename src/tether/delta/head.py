@@ -1,0 +1,181 @@
+"""A delta while it is learnt, what the base infers where it acts, and how far it moves each token."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tether.cauchy.charts import CHARTS, from_chart
+from tether.cauchy.divergence import drift
+from tether.delta.objective import chunk_rows, softmax_shift
+from tether.errors import ConfigError
+
+__all__ = ["METRICS", "Head", "Reference", "ray_share", "token_drift"]
+
+METRICS = {
+    "softmax": "measured KL(base || tuned) of the served softmax",
+    "fisher": "its second-order form in the base's output Fisher",
+    "latent": "Cauchy drift of U, the metric of the theorems",
+}
+
+
+class Head(NamedTuple):
+    """A delta while it is learnt.
+
+    Attributes:
+        first: head of the chart's first coordinate, shape (C, F), or None.
+        second: head of the second coordinate, shape (C, F).
+        chart: the chart.
+    """
+
+    first: Tensor | None
+    second: Tensor
+    chart: str
+
+    def displacement(self, states: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Move of the law of U.
+
+        Args:
+            states: what the delta reads: z, or z and states of middle layers, shape (n, F).
+            share: how far to go along the chart's ray in each context, shape (n,); None goes all the way.
+
+        Returns:
+            x and y, shape (n, C) each.
+
+        Raises:
+            ConfigError: unknown chart.
+        """
+        if self.chart not in CHARTS:
+            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
+        second = states @ self.second.T
+        first = torch.zeros_like(second) if self.first is None else states @ self.first.T
+        if share is not None:
+            first, second = first * share.unsqueeze(-1), second * share.unsqueeze(-1)
+        return from_chart(first, second, self.chart)
+
+    def scaled(self, factor: float) -> "Head":
+        """Shrink or stretch along the ray through the base.
+
+        Args:
+            factor: applied to both heads.
+
+        Returns:
+            The scaled head.
+        """
+        first = None if self.first is None else self.first * factor
+        return Head(first, self.second * factor, self.chart)
+
+
+class Reference(NamedTuple):
+    """Base quantities at some tokens.
+
+    Attributes:
+        states: what deltas read: z, or z and states of middle layers, shape (n, F), float32.
+        loc: base loc of U, shape (n, C), float32.
+        scale: base scale of U, shape (n, C), float32.
+    """
+
+    states: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def some(self, count: int) -> "Reference":
+        """Pick tokens spread evenly over the text, so that many documents take part.
+
+        Args:
+            count: how many at most.
+
+        Returns:
+            The selection.
+        """
+        index = torch.linspace(0, len(self.states) - 1, min(count, len(self.states))).long()
+        return Reference(*(values[index] for values in self))
+
+    def join(self, other: "Reference") -> "Reference":
+        """Put the tokens of two texts together.
+
+        Args:
+            other: the second text.
+
+        Returns:
+            All tokens.
+        """
+        return Reference(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+
+def token_drift(
+    metric: str,
+    head: Head,
+    at: Reference,
+    *,
+    weight: Tensor | None = None,
+    fisher: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Drift of each token in a metric.
+
+    Args:
+        metric: one of `METRICS`.
+        head: the delta.
+        at: base quantities at n tokens.
+        weight: output head, shape (V, C), for `softmax`: two products with it a token.
+        fisher: output Fisher, shape (C, C), for `fisher`.
+        bias: of the classes, shape (V,), or None, for `softmax`.
+
+    Returns:
+        Nats, shape (n,).
+
+    Raises:
+        ConfigError: unknown metric, or what it needs is missing.
+    """
+    x, y = head.displacement(at.states)
+    if metric == "latent":
+        return drift(x, y).sum(-1)
+    move = at.scale * y
+    if metric == "fisher" and fisher is not None:
+        return 0.5 * ((move @ fisher) * move).sum(-1)
+    if metric == "softmax" and weight is not None:
+        rows = chunk_rows(weight)
+        parts = zip(at.loc.to(weight.dtype).split(rows), move.to(weight.dtype).split(rows), strict=True)
+        start = None if bias is None else bias.to(weight.dtype)
+        return torch.cat(
+            [
+                softmax_shift(linear(loc, weight, start).float().log_softmax(-1), (d @ weight.T).float())[0]
+                for loc, d in parts
+            ]
+        )
+    raise ConfigError(f"metric={metric!r}: expected one of {', '.join(METRICS)} with what it needs")
+
+
+@torch.no_grad()
+def ray_share(
+    head: Head, at: Reference, metric: str, value: float, *, fisher: Tensor | None = None, rounds: int = 12
+) -> Tensor:
+    """Find how far each context may go along its ray before its drift reaches a limit.
+
+    Drift grows at most like the square of the share, so `share * sqrt(value / drift)` comes down to the limit
+    from above; the last round is taken with a margin of 2 %.
+
+    Args:
+        head: the delta.
+        at: base quantities at n tokens.
+        metric: `latent` or `fisher`.
+        value: the limit, nats, > 0.
+        fisher: output Fisher, shape (C, C), for `fisher`.
+        rounds: how often to step.
+
+    Returns:
+        Shares, shape (n,), in (0, 1]; 1 where the whole delta is within the limit.
+    """
+    share = torch.ones(len(at.states))
+    for _ in range(rounds):
+        x, y = head.displacement(at.states, share)
+        move = at.scale * y
+        found = (
+            drift(x, y).sum(-1)
+            if metric == "latent" or fisher is None
+            else 0.5 * ((move @ fisher) * move).sum(-1)
+        )
+        share = torch.where(found > value, share * (0.98 * value / found.clamp(min=1e-30)).sqrt(), share)
+    return share

@@ -1,0 +1,322 @@
+"""The ledger of a fusion: who accounts for its drift, what domains do to each other, and what room is left."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tether.cauchy.charts import CHARTS, from_chart, to_chart
+from tether.cauchy.divergence import drift
+from tether.causal.fused import Fusion
+from tether.causal.leash import METRICS
+from tether.delta.cache import hidden_states
+from tether.delta.measure import Variant, measure
+from tether.delta.windows import Windows, read_documents, window_text
+from tether.errors import CertificateError, ConfigError
+from tether.theory.bounds import K_INF, fused_drift_bound
+
+__all__ = ["Allowance", "check_allowance", "keep_ledger", "room", "shares"]
+
+NODES = 24
+"""Points of the quadrature along the way from base to fusion."""
+ROWS = 64
+"""Contexts whose deltas are held at once."""
+
+
+class Allowance(NamedTuple):
+    """How far a fusion may drift on a declared text.
+
+    Attributes:
+        nats: largest mean drift over the text's contexts, > 0.
+        metric: `softmax`, measured KL(base || fused) of the softmax, or `latent`, the drift of U.
+    """
+
+    nats: float
+    metric: str
+
+
+def shares(first: Tensor, second: Tensor, weights: Tensor, chart: str) -> tuple[Tensor, Tensor]:
+    """Divide the drift of a fusion among its deltas.
+
+    A delta's share is what its own coordinates contribute while all weights grow together from 0 to theirs:
+    integral over t from 0 to 1 of a_k dD/da_k (t a). The shares add up to the drift (Aumann and Shapley); in
+    `rootkl` they are the rows of a^T M a. A share can be negative: such a delta takes drift back.
+
+    Cost: linear in the number of deltas; the integral is taken over the fused coordinates alone.
+
+    Args:
+        first: first coordinates of the deltas in the chart, shape (N, n, C).
+        second: second coordinates, shape (N, n, C).
+        weights: weights, shape (N, n).
+        chart: the chart.
+
+    Returns:
+        Shares, nats, shape (N, n), and the drift of the fusion, shape (n,).
+
+    Reference:
+        Aumann and Shapley 1974, Values of Non-Atomic Games.
+    """
+    scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
+    total = [part.sum(0) for part in scaled]
+    nats = drift(*from_chart(total[0], total[1], chart))
+    if chart in ("geodesic", "rootkl"):
+        # Drift is a function of the length of the coordinates alone.
+        square = total[0].square() + total[1].square()
+        slopes = [torch.where(square > 0, part * nats / square.clamp(min=1e-300), 0) for part in total]
+    else:
+        slopes = _mean_slopes(total[0], total[1], chart)
+    parts = scaled[0] * slopes[0] + scaled[1] * slopes[1]
+    along = total[0] * slopes[0] + total[1] * slopes[1]
+    # What the quadrature misses is spread in proportion, so that the shares add up exactly.
+    exact = torch.where(along > 0, nats / along.clamp(min=1e-300), 0)
+    return (parts * exact).sum(-1), nats.sum(-1)
+
+
+def _mean_slopes(first: Tensor, second: Tensor, chart: str) -> list[Tensor]:
+    """Return the gradient of the drift by both coordinates, averaged over the way from the base."""
+    node, weight = (
+        part.to(first) / 2 for part in map(torch.as_tensor, np.polynomial.legendre.leggauss(NODES))
+    )
+    node = node + 0.5
+    means = [torch.zeros_like(first), torch.zeros_like(second)]
+    for place, share in zip(node, weight, strict=True):
+        # A drift of thousands of nats is gained in the first hundredth of the way: t = place^4.
+        t, density = place**4, 4 * place**3 * share
+        half = t * first / 2
+        # D = 2 log cosh(x/2) + log(1 + q), q = (w / (2 cosh(x/2)))^2; in `linear`, w = y e^{-x/2}.
+        narrow = torch.exp(-half) if chart == "linear" else 1.0
+        scale = narrow / torch.cosh(half.clamp(-300, 300)) / 2
+        root = t * second * scale
+        rest = 1 / (1 + root.square())
+        by_first = half.tanh() - root.square() if chart == "linear" else half.tanh()
+        means[0] += density * by_first * rest
+        means[1] += density * 2 * root * scale * rest
+    return means
+
+
+def room(nats: float, allowed: float, chart: str) -> float:
+    """Find how much drift another delta may have, whatever it does, so that a fusion stays within a limit.
+
+    sqrt of drift is subadditive in the repaired charts, and with a constant in `linear`:
+    (sqrt(D) + sqrt(new))^2 <= allowed, K_inf (...)^2 in `linear`. It holds for means over contexts as well.
+
+    Args:
+        nats: drift of the fusion as it is, nats.
+        allowed: limit, nats.
+        chart: the chart of the fusion.
+
+    Returns:
+        Drift of a delta of weight 1, nats; 0 when there is no room.
+    """
+    reach = math.sqrt(allowed / (K_INF if chart == "linear" else 1.0)) - math.sqrt(nats)
+    return max(reach, 0.0) ** 2
+
+
+@torch.no_grad()
+def keep_ledger(
+    fused: Any,
+    tokenizer: Any,
+    text: str | Path | Sequence[str],
+    *,
+    next_drift: float | None = None,
+    window: int = 256,
+    tokens: int | None = 4000,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Account for the drift of a fused model on a text.
+
+    Cost: one backbone pass; for N deltas and n contexts N^2 n C for what pairs do to each other, everything
+    else linear in N.
+
+    Args:
+        fused: a fused model.
+        tokenizer: of its base.
+        text: a file or documents, customarily the base text of the budgets.
+        next_drift: latent drift of another delta to ask about, nats; None for none.
+        window: tokens a context.
+        tokens: of the text at most; None for all.
+        on_step: called with `done` and `total` tokens.
+
+    Returns:
+        JSON-able figures, means over contexts, latent drift in nats unless said otherwise:
+
+        - `domains`: for each its weight, budget, how often its gate is open, `alone` (its drift at its weight),
+          `share` (they add up to the fusion's drift), `removal` (by how much its removal lowers the drift);
+        - `interactions`: for each pair what both together drift beyond the sum of each alone;
+        - `total`: `allowed` (the a-priori bound), `measured`, `ratio`, and `leashed`, what is left on a leash;
+        - `charts`: allowed, measured and ratio, had the deltas been added in that chart, without a leash;
+        - `softmax_kl`: measured KL(base || fused) of the softmax;
+        - `allowance`: what the fusion was given, or None; `room`: what another delta may drift (latent) within
+          the leash or allowance if it is in that metric; `next`: what one of `next_drift` would do.
+
+    Raises:
+        CertificateError: the model has no fused deltas.
+        ConfigError: a negative `next_drift`, or text shorter than one context.
+    """
+    fusion: Fusion | None = fused.fusion
+    if fusion is None:
+        raise CertificateError("the model has no fused deltas: expected one made by 'tether fuse'")
+    if next_drift is not None and not next_drift >= 0:
+        raise ConfigError(f"another delta of drift {next_drift}: expected nats, >= 0")
+    documents = read_documents(text) if isinstance(text, str | Path) else list(text)
+    windows = window_text(documents, tokenizer, length=window, tokens=tokens)
+    sums = _accumulate(fused, fusion, windows, next_drift)
+    count = len(windows.input_ids)
+    mean: dict[str, Any] = {name: (value / count).tolist() for name, value in sums.items()}
+    described = fused.config.fusion
+    measured = _measured(fused, windows, on_step)
+    allowance = described.get("allowance")
+    limits = [
+        limit["nats"]
+        for limit in (described.get("leash"), allowance)
+        if limit and limit["metric"] == "latent"
+    ]
+    names, total = fusion.domains, mean["total"]
+    return {
+        "tokens": count,
+        "chart": fusion.chart,
+        "domains": {
+            name: {
+                "weight": fusion.weights[row],
+                **described["budgets"][row],
+                "gate_open": mean["gates"][row],
+                "alone": mean["alone"][row],
+                "share": mean["shares"][row],
+                "removal": total - mean["without"][row],
+            }
+            for row, name in enumerate(names)
+        },
+        "interactions": {
+            f"{names[a]} + {names[b]}": mean["pairs"][a][b] - mean["alone"][a] - mean["alone"][b]
+            for a in range(len(names))
+            for b in range(a + 1, len(names))
+        },
+        "total": {**_ratio(mean["allowed"], total), "leashed": measured["latent"]},
+        "charts": {
+            chart: _ratio(mean["allowed_in"][row], mean["total_in"][row]) for row, chart in enumerate(CHARTS)
+        },
+        "softmax_kl": measured["softmax"],
+        "leash": described.get("leash"),
+        "leash_pulled": measured["pulled"],
+        "allowance": allowance,
+        "room": min((room(total, limit, fusion.chart) for limit in limits), default=None),
+        "next": None if next_drift is None else {"drift": next_drift, "allowed": mean["next"]},
+    }
+
+
+def _ratio(allowed: float, measured: float) -> dict[str, float]:
+    return {"allowed": allowed, "measured": measured, "ratio": measured / allowed if allowed > 0 else 0.0}
+
+
+def _measured(fused: Any, windows: Windows, on_step: Any) -> dict[str, float]:
+    fusion = fused.fusion
+    leash = fusion.leash or (None, "softmax")
+    variant = Variant(fusion.weights, fusion.chart, fusion.gated, *leash)
+    result = measure(fused, fusion, windows, [variant], on_step=on_step)
+    return {
+        "softmax": float(result.softmax_kl.double().mean()),
+        "latent": float(result.latent_drift.double().mean()),
+        "pulled": float((result.leash < 1).double().mean()),
+    }
+
+
+def _accumulate(fused: Any, fusion: Fusion, windows: Windows, next_drift: float | None) -> dict[str, Tensor]:
+    """Return sums over contexts."""
+    sums: dict[str, Tensor] = {}
+    for batch in windows.batches(8):
+        states = hidden_states(fused, batch, fusion.layers)
+        gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
+        for part, open_gates in zip(states[batch.mask].split(ROWS), gates.split(ROWS, dim=1), strict=True):
+            x, y = fusion.deltas(part)
+            weights = torch.tensor(fusion.weights).unsqueeze(-1) * open_gates
+            for name, value in _contexts(fusion, x, y, weights, next_drift).items():
+                sums[name] = sums.get(name, 0) + value
+            sums["gates"] = sums.get("gates", 0) + open_gates.double().sum(-1)
+    return sums
+
+
+def _contexts(
+    fusion: Fusion, x: Tensor, y: Tensor, weights: Tensor, next_drift: float | None
+) -> dict[str, Tensor]:
+    chart = fusion.chart
+    of_bound = "symmetric" if fusion.location_only and chart == "linear" else chart
+    first, second = to_chart(x, y, chart)
+    scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
+    total = [part.sum(0) for part in scaled]
+
+    def moved(a: Tensor, b: Tensor) -> Tensor:
+        return drift(*from_chart(a, b, chart)).sum(-1).sum(-1)
+
+    own, nats = shares(first, second, weights, chart)
+    alone = drift(x, y).double().sum(-1)
+    pairs = torch.stack([moved(*(part + part[row] for part in scaled)) for row in range(len(x))])
+    found = {
+        "shares": own.sum(-1),
+        "total": nats.sum(),
+        "alone": moved(*scaled),
+        "without": moved(*(all_ - part for all_, part in zip(total, scaled, strict=True))),
+        "pairs": pairs,
+        "allowed": fused_drift_bound(alone, weights, of_bound).sum(),
+    }
+    if next_drift is not None:
+        # The fusion counts as one delta that drifts as measured, which is less than its bound.
+        both = torch.stack([nats, torch.full_like(nats, next_drift)])
+        found["next"] = fused_drift_bound(both, torch.ones(2, dtype=both.dtype), of_bound).sum()
+    bounds, drifts = [], []
+    for other in CHARTS:
+        bound = "symmetric" if fusion.location_only and other == "linear" else other
+        bounds.append(fused_drift_bound(alone, weights, bound).sum())
+        parts = to_chart(x, y, other)
+        fused = [(part.double() * weights.double().unsqueeze(-1)).sum(0) for part in parts]
+        drifts.append(drift(*from_chart(fused[0], fused[1], other)).sum())
+    return found | {"allowed_in": torch.stack(bounds), "total_in": torch.stack(drifts)}
+
+
+def check_allowance(
+    fused: Any,
+    tokenizer: Any,
+    text: str | Path | Sequence[str],
+    allowance: Allowance | Mapping[str, Any],
+    *,
+    window: int = 256,
+    tokens: int | None = None,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> float:
+    """Measure a fusion's mean drift on a text and refuse it when it is beyond what is allowed.
+
+    Args:
+        fused: the fusion as it would be, with its leash.
+        tokenizer: of its base.
+        text: a file or documents.
+        allowance: the limit.
+        window: tokens a context.
+        tokens: of the text at most; None for all.
+        on_step: called with `done` and `total` tokens.
+
+    Returns:
+        The mean drift measured, nats.
+
+    Raises:
+        ConfigError: an allowance that means nothing.
+        CertificateError: the drift is beyond it.
+    """
+    limit = (
+        allowance if isinstance(allowance, Allowance) else Allowance(allowance["nats"], allowance["metric"])
+    )
+    if limit.metric not in METRICS or not limit.nats > 0:
+        raise ConfigError(
+            f"a budget of {limit.nats} in {limit.metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
+        )
+    documents = read_documents(text) if isinstance(text, str | Path) else list(text)
+    windows = window_text(documents, tokenizer, length=window, tokens=tokens)
+    mean = _measured(fused, windows, on_step)[limit.metric]
+    if not mean <= limit.nats:
+        raise CertificateError(
+            f"{' + '.join(fused.fusion.domains)}: mean {limit.metric} drift {mean:.5g} nats on this text, "
+            f"{limit.nats:g} allowed; lower a weight, remove a domain, or put the fusion on a leash"
+        )
+    return mean

@@ -1,0 +1,92 @@
+"""Adapters through the commands: learnt, fused, certified, verified, writing text."""
+
+import json
+import sys
+
+import pytest
+
+import tiny
+from tether.cli.app import main
+from tether.delta.windows import write_documents
+
+
+@pytest.fixture
+def tether(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    tiny.backbone().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    for name, kind, seed in (("digits", "digits", 1), ("general", "words", 3)):
+        write_documents(tmp_path / f"{name}.jsonl", tiny.documents(kind, 24, seed))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LEARN = ["learn", "base", "--text", "digits.jsonl", "--base-text", "general.jsonl", "--adapter", "lora"]
+
+
+def test_the_commands_in_a_row(work, tether):
+    code, out, err = tether(*LEARN, "--out", "digits.lora", "--budget", 0.2, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["adapter"] == "lora"
+    assert 0 < record["drift_base"] <= 0.2
+    assert sorted(path.name for path in (work / "digits.lora").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "tether.json",
+    ]  # fmt: skip
+    code, out, err = tether("fuse", "base", "digits.lora=0.8", "--out", "served")
+    assert code == 0, err
+    assert out.startswith("served: adapters 0.8 digits, chart symmetric, gated; the base stays in base")
+    code, out, err = tether("certify", "base", "served", "--text", "digits.jsonl", "--out", "cert.json")
+    assert code == 0, err
+    certificate = json.loads((work / "cert.json").read_text())
+    assert certificate["fusion"]["kind"] == "adapters"
+    assert certificate["figures"]["digits"]["softmax_kl"]["mean"] > 0
+    code, out, _ = tether("verify", "cert.json", "--json")
+    assert (code, json.loads(out)) == (0, {"holds": True, "differences": []})
+    code, out, err = tether("generate", "served", "1.2 3.4", "--new-tokens", 5)
+    assert code == 0, err
+    assert out.startswith("1.2 3.4")
+    code, _, err = tether("fuse", "base", "digits.lora", "--out", "leashed", "--no-gate", "--leash", 0.1)
+    assert code == 0, err
+    code, _, err = tether(
+        "certify", "base", "leashed", "--text", "digits.jsonl", "--out", "leashed.json", "--continuations", 0
+    )
+    assert code == 0, err
+    held = json.loads((work / "leashed.json").read_text())
+    assert held["fusion"]["leash"] == {"nats": 0.1, "metric": "softmax"}
+    assert 0.09 < held["figures"]["digits"]["softmax_kl"]["max"] <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*LEARN[:-1], "adalora"], "expected lora"),
+        ([*LEARN, "--chart", "linear"], "--chart"),
+        ([*LEARN, "--penalty", "0.1"], "--penalty"),
+        ([*LEARN, "--features", "multi"], "--features"),
+        ([*LEARN, "--hard"], "--hard"),
+        ([*LEARN, "--budget", "0"], "> 0"),
+        (["learn", "base", "--text", "absent.jsonl", *LEARN[4:]], "no such text file"),
+    ],
+)
+def test_bad_input_is_one_message_with_exit_2_and_nothing_written(work, tether, arguments, message):
+    before = sorted(work.iterdir())
+    code, out, err = tether(*arguments, "--out", "result")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("tether:") == 1
+    assert sorted(work.iterdir()) == before

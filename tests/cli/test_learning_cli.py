@@ -1,0 +1,97 @@
+"""Options of `learn`, and `weigh`, as a user meets them."""
+
+import json
+import sys
+
+import pytest
+
+import tiny
+from tether.cli.app import main
+from tether.delta.delta import Delta
+from tether.delta.windows import write_documents
+
+
+@pytest.fixture
+def tether(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    tiny.backbone(layers=3).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    for name, kind, count, seed in (
+        ("digits", "digits", 24, 1),
+        ("words", "words", 24, 2),
+        ("general", "words", 60, 3),
+    ):
+        write_documents(tmp_path / f"{name}.jsonl", tiny.documents(kind, count, seed))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LEARN = ("learn", "base", "--base-text", "general.jsonl", "--budget", 0.05, "--cache", "cache")
+
+
+def test_learn_with_options_then_weigh_and_fuse(work, tether):
+    code, out, err = tether(
+        *LEARN, "--text", "digits.jsonl", "--out", "digits.delta", "--features", "multi", "--location-only",
+        "--quantile", 0.9, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["quantile"] == 0.9
+    assert record["drift_base"] <= 0.05
+    delta = Delta.load("digits.delta")
+    assert delta.first is None
+    assert delta.layers == (1, 2)
+    code, out, err = tether(
+        *LEARN, "--text", "words.jsonl", "--out", "words.delta", "--features", "multi", "--hard", "--metric", "latent",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "largest drift at a training context" in out
+
+    code, out, err = tether(
+        "weigh", "base", "digits.delta=digits.jsonl", "words.delta=words.jsonl", "--base-text", "general.jsonl",
+        "--budget", 0.02, "--cache", "cache", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["drift"] <= 0.02
+    assert found["losses"]["optimised"]["digits"] < found["losses"]["base"]["digits"]
+    weights = [
+        f"{name}.delta={weight}" for name, weight in zip(("digits", "words"), found["weights"], strict=True)
+    ]
+    code, out, err = tether("fuse", "base", *weights, "--no-gate", "--out", "fused")
+    assert code == 0, err
+    code, out, err = tether("generate", "fused", "1.2 3.4", "--new-tokens", 3)
+    assert (code, out[:7]) == (0, "1.2 3.4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*LEARN, "--text", "digits.jsonl", "--out", "a.delta", "--features", "all"), "last, multi"),
+        ((*LEARN, "--text", "digits.jsonl", "--out", "a.delta", "--quantile", 2), r"(0, 1)"),
+        (
+            (*LEARN, "--text", "digits.jsonl", "--out", "a.delta", "--hard", "--quantile", 0.9),
+            "every context",
+        ),
+        (("weigh", "base", "a.delta", "--base-text", "general.jsonl"), "law.delta=law.jsonl"),
+        (("weigh", "base", "a.delta=none.jsonl", "--base-text", "general.jsonl"), "no such text file"),
+    ],
+)
+def test_unusable_requests_give_one_message_and_exit_2(work, tether, arguments, message):
+    code, _, err = tether(*arguments)
+    assert code == 2
+    assert message in err.replace("\n", " ")

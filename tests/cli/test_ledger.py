@@ -1,0 +1,145 @@
+"""Leash, ledger, removal and budgets as a user meets them."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import tiny
+from tether.causal.modeling import CausalQwenForCausalLM
+from tether.cli.app import main
+from tether.delta.delta import Delta
+from tether.delta.fusion import save_checkpoint
+from tether.delta.gate import Gate
+from tether.delta.windows import write_documents
+
+
+@pytest.fixture
+def tether(monkeypatch, capsys, work):
+    def run(*arguments):
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a base, three deltas and two texts."""
+    folder = tmp_path_factory.mktemp("work")
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    save_checkpoint(model, tiny.tokenizer(), folder / "model")
+    for seed, name in enumerate(("law", "code", "tables")):
+        generator = torch.Generator().manual_seed(seed)
+        gate = Gate(torch.zeros(32), torch.randn(3, 32, generator=generator), torch.full((4,), 90.0))
+        heads = torch.randn(2, 32, 32, generator=generator) / 32
+        Delta(
+            name=name,
+            chart="symmetric",
+            first=heads[0],
+            second=heads[1],
+            gate=gate,
+            base=model.config.base_fingerprint,
+            record={"budget": 0.1, "metric": "softmax"},
+        ).save(folder / f"{name}.delta")
+    for name, kind in (("general", "words"), ("other", "digits")):
+        write_documents(folder / f"{name}.jsonl", tiny.documents(kind, 12))
+    return folder
+
+
+def test_a_domain_is_removed_and_added_again(tether, work):
+    assert tether("fuse", "model", "law.delta", "code.delta=0.5", "--leash", 0.3, "--out", "both")[0] == 0
+    code, out, _ = tether("fuse", "both", "--remove", "law", "--out", "one", "--json")
+    assert code == 0
+    assert json.loads(out)["leash"] == {"nats": 0.3, "metric": "softmax"}
+    assert tether("fuse", "model", "code.delta=0.5", "--leash", 0.3, "--out", "never")[0] == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (work / "one" / name).read_bytes() == (work / "never" / name).read_bytes()
+    code, out, _ = tether("fuse", "one", "law.delta", "--leash", 0, "--out", "again", "--json")
+    assert json.loads(out)["domains"] == ["code", "law"]
+    assert json.loads(out)["leash"] is None
+
+
+def test_the_ledger_prints_what_it_gives_as_json(tether):
+    tether("fuse", "model", "law.delta", "code.delta=0.5", "--no-gate", "--leash", 0.4, "--leash-metric", "latent",
+           "--out", "held")  # fmt: skip
+    asked = ["ledger", "held", "--text", "general.jsonl", "--next", 0.2]
+    code, out, _ = tether(*asked, "--json")
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["total"]["leashed"] <= 0.4 * (1 + 1e-5) < figures["total"]["measured"]
+    assert figures["room"] == 0
+    code, out, _ = tether(*asked)
+    assert code == 0
+    for words in (
+        "law",
+        "code",
+        "allowed",
+        "measured",
+        "ratio",
+        "in rootkl",
+        "leash 0.4 nats",
+        "another delta of drift 0.2",
+    ):
+        assert words in out
+    assert f"{figures['domains']['law']['share']:.5g}" in out
+
+
+def test_an_addition_that_breaks_the_budget_is_refused(tether, work):
+    def drift(*arguments):
+        return json.loads(tether("ledger", *arguments, "--text", "general.jsonl", "--json")[1])["total"][
+            "measured"
+        ]
+
+    tether("fuse", "model", "law.delta", "--no-gate", "--out", "first")
+    tether("fuse", "model", "law.delta", "code.delta", "--no-gate", "--out", "second")
+    between = (drift("first") + drift("second")) / 2
+    budget = ["--budget", between, "--budget-metric", "latent", "--text", "general.jsonl"]
+    code, out, _ = tether("fuse", "model", "law.delta", "--no-gate", *budget, "--out", "within")
+    assert code == 0
+    assert "mean drift" in out
+    code, out, err = tether("fuse", "within", "code.delta", "--text", "general.jsonl", "--out", "beyond")
+    assert code == 1
+    assert "allowed" in err
+    assert not (work / "beyond").exists()
+    # The budget can be neither forgotten nor checked on another text.
+    for text, said in (([], "no --text"), (["--text", "other.jsonl"], "another text")):
+        code, _, err = tether("fuse", "within", "code.delta", *text, "--out", "beyond")
+        assert code == 2
+        assert said in err
+    code, out, _ = tether("fuse", "within", "code.delta=0.01", "--text", "general.jsonl", "--out", "small")
+    assert code == 0
+    code, out, _ = tether("fuse", "small", "--remove", "code", "--out", "less", "--json")
+    assert json.loads(out)["allowance"]["metric"] == "latent"
+
+
+BAD = {
+    "leash of nothing": (["law.delta", "--leash", "-1"], "positive finite"),
+    "leash metric": (["law.delta", "--leash", "1", "--leash-metric", "kl"], "latent, softmax"),
+    "unknown domain": (["--remove", "law"], "the model has none"),
+    "budget without text": (["law.delta", "--budget", "1"], "--text"),
+    "budget of nothing": (["law.delta", "--budget", "0", "--text", "general.jsonl"], "nats > 0"),
+    "budget metric": (
+        ["law.delta", "--budget", "1", "--budget-metric", "kl", "--text", "general.jsonl"],
+        "latent",
+    ),
+    "no deltas": ([], "no deltas"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_nothing_written(tether, work, case):
+    arguments, message = BAD[case]
+    code, out, err = tether("fuse", "model", *arguments, "--out", "result")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not (work / "result").exists()
+    assert tether("ledger", "model", "--text", "general.jsonl")[0] == 2
