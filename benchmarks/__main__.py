@@ -23,6 +23,7 @@ from benchmarks import (
     presets,
     recipes,
     router,
+    router_deltas,
     theory,
 )
 from tether.store.manifest import versions

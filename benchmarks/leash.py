@@ -58,7 +58,7 @@ def rows(*, fast: bool) -> list[Row]:
         "holds-real": lambda: _real_holds(folder, 2000 // share),
         "synthetic": lambda: _synthetic_bounds(10_000_000 // share),
         "contexts": lambda: _real_bounds(folder, share),
-        "time": lambda: _generation(folder, 3 if fast else 7),
+        "time": lambda: [*_generation(folder, 3 if fast else 7), *_alone(folder, 3 if fast else 7)],
         "nll": lambda: _nll(folder, 2000 // share),
         "tokens": lambda: _token_law(folder, 400 if fast else 1000, 4 if fast else 16),
         "domains": lambda: _many_domains(folder),
@@ -320,6 +320,52 @@ def _generation(folder: Path, repeats: int) -> list[Row]:
             "ratio": statistics.median(a / b for a, b in zip(values, seconds["no leash"], strict=True)),
             "spread": [min(values), max(values)],
             "runs": repeats,
+        }
+        for name, values in seconds.items()
+    ]
+
+
+@torch.no_grad()
+def _alone(folder: Path, repeats: int) -> list[Row]:
+    """CPU seconds of moving one context's law and scoring it, with and without a leash, the rest left out."""
+    model, _ = load("smollm2-135m")
+    state = load_states(folder / "states" / "tables.safetensors").states[100:101].float()
+    loc, log_scale = model.abduction(state)
+    head = model.action.weight, model.action.bias
+    seconds: dict[str, list[float]] = {}
+    works = {}
+    leashes: list[tuple[float, str] | None] = [
+        None,
+        (0.01, "softmax"),
+        (50.0, "softmax"),
+        (2.0, "latent"),
+        (1e5, "latent"),
+    ]
+    for leash in leashes:
+        nats, metric = leash or (None, "softmax")
+        fusion = fuse(model, _deltas(folder), gated=False, leash=nats, leash_metric=metric).fusion
+        x, y = fusion.add(*fusion.deltas(state), torch.ones(len(fusion.domains), 1))
+
+        def work(fusion: Fusion = fusion, x: Tensor = x, y: Tensor = y) -> None:
+            moved, _, _, scores = fusion.leashed(loc, log_scale, x, y, head, keep_scores=True)
+            if scores is None:
+                model.action.score_loc(moved)
+
+        works["no leash" if leash is None else f"{metric} {nats:g}"] = work
+    for run in range(5 * repeats + 1):
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            if run:
+                seconds.setdefault(name, []).append(time.process_time() - started)
+    base = statistics.median(seconds["no leash"])
+    return [
+        {
+            "case": f"law and scores of one context, {name}",
+            "metric": "CPU seconds",
+            "ours": statistics.median(values),
+            "more": statistics.median(values) - base,
+            "runs": len(values),
         }
         for name, values in seconds.items()
     ]

@@ -161,7 +161,9 @@ class _Head:
         if arm.untied:
             groups.append({"params": [self.action.weight], "peak": arm.lr})
         if arm.learnt:
-            groups += [{"params": [p], "peak": 2e-2 * max(1.0, float(p.detach().abs().mean()))} for p in levels]
+            groups += [
+                {"params": [p], "peak": 2e-2 * max(1.0, float(p.detach().abs().mean()))} for p in levels
+            ]
         self.optimizer = torch.optim.AdamW(groups, lr=arm.lr, weight_decay=0.0)
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:

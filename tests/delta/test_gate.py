@@ -4,6 +4,8 @@ import torch
 from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_open, window_mean
 from tether.delta.background import write_background
+from tether.delta.delta import Delta
+from tether.delta.fusion import fuse
 from tether.delta.gate import Gate, describe_gates, fit_gate, put_gate, take_gate
 from tether.errors import ConfigError
 
@@ -116,3 +118,28 @@ def test_bad_requests(caches):
         fit_gate(
             caches["digits"]._replace(windows=short, states=caches["digits"].states[: windows.starts[2]])
         )
+
+
+def test_a_fusion_with_softmax_gates_shares_each_context(model, caches, background):
+    heads = torch.randn(2, 32, 32) / 32
+    deltas = [
+        Delta(
+            name=name,
+            chart="symmetric",
+            first=None,
+            second=head,
+            gate=fit_gate(caches[name], window=8, rank=12, background=background),
+            base=model.config.base_fingerprint,
+        )
+        for name, head in zip(("digits", "words"), heads, strict=True)
+    ]
+    weights = dict.fromkeys(deltas, 1.0)
+    shared, single = fuse(model, weights, gate="softmax"), fuse(model, weights)
+    assert (shared.config.fusion["gate"], single.config.fusion["gate"]) == ("softmax", "one-class")
+    z, mask = torch.randn(2, 20, 32), torch.ones(2, 20, dtype=torch.bool)
+    z[0] = caches["digits"].states[:20].float()
+    parts, opened = shared.fusion.gates(z, mask)[0], single.fusion.gates(z, mask)[0]
+    assert bool((parts <= opened).all())
+    torch.testing.assert_close(parts.sum(0), opened.amax(0))
+    with pytest.raises(ConfigError, match="one-class, softmax"):
+        fuse(model, weights, gate="loudest")

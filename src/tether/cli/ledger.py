@@ -133,7 +133,8 @@ def fuse_domains(
         )
     fused = fuse(
         base, kept | added, chart=chart or before.get("chart", "symmetric"),
-        gated=before.get("gated", True) if gate is None else gate, allowance=allowance,
+        gated=before.get("gated", True) if gate is None else gate, gate=before.get("gate", "one-class"),
+        allowance=allowance,
         leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
     )  # fmt: skip
     drift = None

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tether.cli.observe import observe
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
 from tether.cli.study import study_length
@@ -29,6 +30,7 @@ merge_app = typer.Typer(
     help="Merge whole models: tether merge RECIPE.yaml (options: tether merge run --help).",
 )
 merge_app.command("study-length")(study_length)
+merge_app.command("observe")(observe)
 
 
 @merge_app.command("align")

@@ -28,6 +28,7 @@ def fuse(
     *,
     chart: str = "symmetric",
     gated: bool | None = None,
+    gate: str = "one-class",
     leash: float | None = None,
     leash_metric: str = "softmax",
     allowance: Mapping[str, Any] | None = None,
@@ -41,6 +42,8 @@ def fuse(
         deltas: each delta's weight, finite, any sign.
         chart: the chart in which they are added: `linear`, `symmetric`, `geodesic` or `rootkl`.
         gated: whether each delta acts only where its gate is open; None gates when every delta has a gate.
+        gate: `one-class`, or `softmax`, which shares a context among the open gates; see
+            `tether.causal.gates.GATES`.
         leash: largest drift allowed in any context, nats, > 0; contexts beyond it are pulled back when the
             model runs (`tether.causal.leash`). None lets them drift.
         leash_metric: what the leash is in: `softmax`, KL(base || fused) of the softmax, or `latent`, the
@@ -92,6 +95,8 @@ def fuse(
     gated = not ungated if gated is None else gated
     config = copy.deepcopy(model.config)
     config.fusion = _describe(deltas, chart, gated)
+    if gated:
+        config.fusion["gate"] = gate
     config.fusion["leash"] = None if leash is None else {"nats": float(leash), "metric": leash_metric}
     config.fusion["allowance"] = None if allowance is None else dict(allowance)
     with torch.device("meta"):

@@ -119,7 +119,7 @@ def log_information(cost: Float[Tensor, " experts"], size: int) -> Float[Tensor,
         Spec document 3, section 5, `compute_fars_direction_2`.
 
     Example:
-        >>> log_information(torch.tensor([1e-6, 3e-6]), 1000)
+        >>> log_information(torch.tensor([1e-9, 3e-9]), 1000)
         tensor([-18.4206, -18.4204], dtype=torch.float64)
     """
     return torch.log(cost.double() / size + 1e-8)

@@ -84,7 +84,7 @@ def routing_png(report: dict[str, Any], tasks: Sequence[str] | None = None) -> b
             raise ConfigError(f"{len(names)} names for {len(gates)} tasks: expected one for each")
         bars.bar(np.arange(len(load)), load, color="#33658a")
         bars.axhline(1 / len(load), color="#888888", linewidth=0.8)
-        bars.set_title(f"{name}: load, {row['dead']} dead", fontsize=8)
+        bars.set_title(f"{name or 'layer'}: load, {row['dead']} dead", fontsize=8)
         image = heat.imshow(gates, aspect="auto", vmin=0, cmap="viridis")
         heat.set_yticks(range(len(names)), names, fontsize=7)
         shown = ", ".join(
