@@ -8,9 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import tiny
-from tether.causal import modeling
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.causal.routed import make_fusion
 from tether.cli.app import main
 from tether.delta.delta import Delta
 from tether.delta.fusion import save_checkpoint
@@ -60,8 +58,7 @@ def folder(tmp_path, monkeypatch):
 TEXTS = ("--text", "digits.jsonl", "--text", "capitals.jsonl")
 
 
-def test_routes_among_deltas_and_writes_a_checkpoint_that_generates(folder, tether, monkeypatch):
-    monkeypatch.setattr(modeling, "Fusion", make_fusion, raising=False)
+def test_routes_among_deltas_and_writes_a_checkpoint_that_generates(folder, tether):
     code, out, err = tether(
         "route", "base", "digits.delta", "capitals.delta", *TEXTS, "--base-text", "general.jsonl",
         "--budget", "0.02", "--out", "routed", "--json",
@@ -77,8 +74,7 @@ def test_routes_among_deltas_and_writes_a_checkpoint_that_generates(folder, teth
     assert [entry["role"] for entry in manifest["inputs"]] == ["digits", "capitals"]
 
 
-def test_a_routed_model_cannot_be_folded_into_plain_weights(folder, tether, monkeypatch):
-    monkeypatch.setattr(modeling, "Fusion", make_fusion, raising=False)
+def test_a_routed_model_cannot_be_folded_into_plain_weights(folder, tether):
     code, _, err = tether(
         "route", "base", "digits.delta", "--text", "digits.jsonl", "--base-text", "general.jsonl",
         "--out", "routed",

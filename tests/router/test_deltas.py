@@ -5,10 +5,9 @@ import torch
 from torch.testing import assert_close
 
 import tiny
-from tether.causal import modeling
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.causal.routed import RoutedFusion, make_fusion, route_shares
+from tether.causal.routed import RoutedFusion, route_shares
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
 from tether.delta.certificate import certify, verify
@@ -147,13 +146,6 @@ def test_writing_step_by_step_routes_as_reading_at_once_does(case):
         assert again == written[0, position]
 
 
-@pytest.fixture
-def read_routed(monkeypatch):
-    """The model builds its fusion with `make_fusion`."""
-    monkeypatch.setattr(modeling, "Fusion", make_fusion, raising=False)
-
-
-@pytest.mark.usefixtures("read_routed")
 def test_a_routed_model_is_saved_loaded_and_certified(case, text, tmp_path):
     model, _, _, routed = case
     save_checkpoint(routed, tiny.tokenizer(), tmp_path / "routed")

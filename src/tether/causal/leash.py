@@ -249,7 +249,7 @@ def largest_factor(
     sure: Tensor,
     *,
     straight: bool = False,
-) -> Float[Tensor, " contexts"]:
+) -> Float[Tensor, "*contexts"]:
     """Return log t at which a function of log t, convex and increasing, is just below its limit.
 
     Newton on the logarithm of the function, right where it is a power of t, takes turns with Newton on the

@@ -11,7 +11,7 @@ from tether.cauchy.functional import from_noise
 from tether.causal.config import MODES, PRESETS, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
-from tether.causal.fused import FusedLatent, Fusion
+from tether.causal.fused import FusedLatent
 from tether.causal.generation import CausalGeneration, text_positions
 from tether.causal.layers import Abduction, Action, NumericEmbedding
 from tether.causal.noise import Noise, truncate
@@ -19,6 +19,7 @@ from tether.causal.numbers import NumericTokenizer
 from tether.causal.objective import CausalObjective
 from tether.causal.output import CausalOutput
 from tether.causal.placeholder import check_numeric
+from tether.causal.routed import make_fusion
 from tether.causal.vocabulary import add_numbers
 from tether.errors import ConfigError
 
@@ -59,7 +60,7 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
         latent_size = config.latent_size or text.hidden_size
         self.numeric = NumericEmbedding(text.hidden_size)
         self.abduction, self.action = _head(config)
-        self.fusion = Fusion(text.hidden_size, latent_size, config.fusion) if config.fusion else None
+        self.fusion = make_fusion(text.hidden_size, latent_size, config.fusion) if config.fusion else None
         embedding = self.backbone.get_input_embeddings().weight
         # The name of the embedding differs between architectures; tying must know it.
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)

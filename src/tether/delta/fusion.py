@@ -168,11 +168,16 @@ def unfuse(
         budget alone.
 
     Raises:
-        ConfigError: the model has no fusion.
+        ConfigError: the model has no fusion, or routes among its deltas.
     """
     fusion = model.fusion
     if fusion is None:
         raise ConfigError("the model has no fused deltas: expected one made by 'tether fuse'")
+    if model.config.fusion.get("router"):
+        raise ConfigError(
+            "the model routes among its deltas: expected a plain fusion; learn the router again ('tether route') "
+            "with the deltas that are wanted"
+        )
     config = copy.deepcopy(model.config)
     described, config.fusion = config.fusion, None
     with torch.device("meta"):
