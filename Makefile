@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint bench gguf-tools peers docs
+.PHONY: setup demo test lint bench gguf-tools page peers docs
 
 setup: $(VENV)/.complete
 
@@ -39,7 +39,13 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks delta --json benchmarks/results/delta.json
+	for name in delta causal theory; do \
+		$(BIN)/python -m benchmarks $$name --json benchmarks/results/$$name.json || exit 1; \
+	done
+
+# Every number and figure of docs/how-drift-adds-up.md, from the code.
+page: setup
+	$(BIN)/python -m benchmarks.theory_page
 
 # What benchmarks compare with, apart from the environment of tether: lm-evaluation-harness on a path of its own,
 # and mergekit in an environment of its own that shares torch. Then `python -m benchmarks lm-eval` and `... merge`.
