@@ -66,7 +66,8 @@ def main() -> None:
         write_figures(PAGE.parent)
     for name in chosen:
         if name != "figures":
-            page = replaced(PAGE.read_text(encoding="utf-8"), name, block(name))
+            content = block(name)
+            page = replaced(PAGE.read_text(encoding="utf-8"), name, content)
             with publish_file(PAGE) as temporary:
                 temporary.write_text(page, encoding="utf-8")
 
