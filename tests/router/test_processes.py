@@ -93,11 +93,12 @@ def test_two_processes_with_sharded_experts_are_one(tmp_path):
     ]
     try:
         for rank in ranks:
-            said = rank.communicate(timeout=120)[1]
+            said = rank.communicate(timeout=500)[1]
             assert rank.returncode == 0, said
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     records = json.loads(out.read_text())
     for form in FORMS:
         both = records[form]

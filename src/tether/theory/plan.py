@@ -80,7 +80,7 @@ def plan_fusion(
         >>> round(plan.bound, 4), [round(domain.share, 3) for domain in plan.domains]
         (0.7445, [0.366, 0.267, 0.366])
     """
-    weights = [1.0] * len(budgets) if weights is None else list(weights)
+    weights = [1.0] * len(budgets) if weights is None else [float(weight) for weight in weights]
     if not budgets or len(weights) != len(budgets):
         raise ConfigError(
             f"{len(budgets)} budgets and {len(weights)} weights: expected at least one budget and a weight for each"
