@@ -78,7 +78,7 @@ def plan_fusion(
     Example:
         >>> plan = plan_fusion([0.1, 0.2, 0.1], [1, 0.5, 1])
         >>> round(plan.bound, 4), [round(domain.share, 3) for domain in plan.domains]
-        (0.7445, [0.366, 0.267, 0.366])
+        (0.7475, [0.366, 0.268, 0.366])
     """
     weights = [1.0] * len(budgets) if weights is None else [float(weight) for weight in weights]
     if not budgets or len(weights) != len(budgets):
