@@ -72,6 +72,7 @@ def test_a_billion_pairs(chart):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("chart", PAIRED)
 def test_ten_million_points_of_many_deltas_and_dimensions(chart):
     assert (max(n for n, _ in SHAPES), max(d for _, d in SHAPES)) == (20, 64)
