@@ -122,6 +122,7 @@ def test_theorem_2_is_proved_around_its_maximum(proved):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_theorem_2_is_proved(proved):
     proofs = proved("two")
     assert proofs["mean value"] > 100_000

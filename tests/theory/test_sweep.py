@@ -64,6 +64,7 @@ def test_a_violation_is_counted_whatever_it_is():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("chart", PAIRED)
 def test_a_billion_pairs(chart):
     seen = sweep_pairs(chart, 10**9, np.random.default_rng(1))
