@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint bench gguf-tools page peers docs
+.PHONY: setup demo test lint bench gguf-tools page peers trial-texts docs
 
 setup: $(VENV)/.complete
 
@@ -61,6 +61,14 @@ $(VENV)/peers/.complete: requirements/peers.txt $(VENV)/.complete
 	$(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tether.pth"
 	.venv-peers/bin/python -m pip install -q $(PIP_FLAGS) --no-deps -r requirements/mergekit.txt
+	touch $@
+
+# Law entries for `python -m benchmarks.domains`: the files of one Debian package, unpacked beside the environment.
+trial-texts: $(VENV)/trial-texts/.complete
+
+$(VENV)/trial-texts/.complete: $(VENV)/.complete
+	mkdir -p $(VENV)/trial-texts
+	cd $(VENV)/trial-texts && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .
 	touch $@
 
 # The reference of the Python API, from the docstrings, into site/.
