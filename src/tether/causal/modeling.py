@@ -1,6 +1,5 @@
 """CausalQwenForCausalLM: a backbone that infers a cause U at every token and acts from it."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from tether.cauchy.functional import from_noise
-from tether.causal.config import MODES, PRESETS, CausalQwenConfig
+from tether.causal.config import MODES, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
 from tether.causal.fused import FusedLatent
@@ -21,6 +20,7 @@ from tether.causal.output import CausalOutput
 from tether.causal.placeholder import check_numeric
 from tether.causal.routed import make_fusion
 from tether.causal.vocabulary import add_numbers
+from tether.causal.wrapping import make_head, wrap_backbone
 from tether.errors import ConfigError
 
 __all__ = ["CausalOutput", "CausalQwenForCausalLM"]
@@ -59,7 +59,7 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
         self.vocab_size: int = text.vocab_size
         latent_size = config.latent_size or text.hidden_size
         self.numeric = NumericEmbedding(text.hidden_size)
-        self.abduction, self.action = _head(config)
+        self.abduction, self.action = make_head(config)
         self.fusion = make_fusion(text.hidden_size, latent_size, config.fusion) if config.fusion else None
         embedding = self.backbone.get_input_embeddings().weight
         # The name of the embedding differs between architectures; tying must know it.
@@ -95,60 +95,8 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
 
         Raises:
             ConfigError: unknown preset or override, or a model without input embeddings and an output head.
-        """
-        from tether.causal.loading import load_backbone, weights_fingerprint
-
-        if preset not in PRESETS:
-            raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-        known = {*PRESETS[preset], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl"}
-        if unknown := set(overrides) - known:
-            raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(known))}")
-        model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise ConfigError(
-                f"{type(model).__name__}: expected a causal LM with an output head without bias; load it with "
-                "AutoModelForCausalLM"
-            )
-        settings = PRESETS[preset] | overrides
-        tied = head.weight is model.get_input_embeddings().weight
-        config = CausalQwenConfig(
-            backbone_config=model.config,
-            preset=preset,
-            tie_word_embeddings=tied,
-            base_fingerprint=weights_fingerprint(model),
-            **{name: value for name, value in settings.items() if value is not None},
-        )
-        # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
-        with torch.device("meta"):
-            wrapped = cls(config)
-        wrapped.backbone = model.base_model
-        dtype, device = head.weight.dtype, head.weight.device
-        wrapped.abduction, action = _head(config)
-        wrapped.abduction.to(device, dtype).reset_identity()
-        # Not allocated twice: the base's own head takes the place of the class weight.
-        action.weight = head.weight
-        action.value_weight = nn.Parameter(action.value_weight.to(device, dtype))
-        action.value_bias = nn.Parameter(action.value_bias.to(device, dtype))
-        action.threshold = nn.Parameter(action.threshold.to(device))
-        action.class_noise = nn.Parameter(action.class_noise.to(device))
-        action.reset_action()
-        if config.noise_form == "fill":
-            ones = torch.ones(action.weight.shape[1], device=device)
-            action.fill_noise(ones * config.latent_scale, config.class_noise)
-        if settings["threshold"] is None:
-            own = action.weight.detach()[0].float().abs().sum() * config.latent_scale
-            size = float(own + action.noise_scale.detach()[0])
-            # A tenth of the likelihood's peak: beyond it float32 no longer tells close scores apart.
-            config.threshold = 0.1 * len(action.weight) * size / torch.pi
-            nn.init.constant_(action.threshold, config.threshold)
-        wrapped.action = action
-        wrapped.numeric = NumericEmbedding(wrapped.abduction.loc.in_features).to(device, dtype)
-        wrapped.numeric.reset_direction()
-        wrapped.generation_config = copy.deepcopy(model.generation_config)
-        wrapped.name_or_path = ""
-        wrapped.eval()
-        return wrapped
+        """  # noqa: DOC502 - raised by what it calls
+        return wrap_backbone(cls, backbone, preset, overrides)
 
     def get_input_embeddings(self) -> nn.Module:
         """Give the backbone's token embedding.
@@ -361,23 +309,6 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             The individuals, with diagnostics; `tether.causal.counterfactual.replay` lets them write again.
         """
         return abduct(self, input_ids, context, **options)
-
-
-def _head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
-    text = config.get_text_config(decoder=True)
-    latent_size = config.latent_size or text.hidden_size
-    abduction = Abduction(text.hidden_size, latent_size, config.latent_scale, config.abduction_size)
-    action = Action(
-        latent_size,
-        text.vocab_size,
-        config.class_noise,
-        config.noise_form,
-        config.threshold,
-        config.threshold_form,
-        config.value_transform,
-        config.class_bias,
-    )
-    return abduction, action
 
 
 AutoModelForCausalLM.register(CausalQwenConfig, CausalQwenForCausalLM, exist_ok=True)

@@ -1,0 +1,117 @@
+"""A causal LM becomes a CausalQwen: its modules are taken over, nothing is allocated twice."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tether.causal.config import PRESETS, CausalQwenConfig
+from tether.causal.layers import Abduction, Action, NumericEmbedding
+from tether.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tether.causal.modeling import CausalQwenForCausalLM
+
+__all__ = ["make_head", "wrap_backbone"]
+
+
+def make_head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
+    """Make the layers that follow the backbone.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        Abduction and action, with the weights of a new model.
+    """
+    text = config.get_text_config(decoder=True)
+    latent_size = config.latent_size or text.hidden_size
+    abduction = Abduction(text.hidden_size, latent_size, config.latent_scale, config.abduction_size)
+    action = Action(
+        latent_size,
+        text.vocab_size,
+        config.class_noise,
+        config.noise_form,
+        config.threshold,
+        config.threshold_form,
+        config.value_transform,
+        config.class_bias,
+    )
+    return abduction, action
+
+
+def wrap_backbone(
+    cls: type["CausalQwenForCausalLM"],
+    backbone: str | PreTrainedModel,
+    preset: str,
+    overrides: dict[str, Any],
+) -> "CausalQwenForCausalLM":
+    """Wrap a causal LM so that softmax mode equals it exactly; see `CausalQwenForCausalLM.from_backbone`.
+
+    Args:
+        cls: the class to make.
+        backbone: alias, path or hub id of a causal LM, or the loaded model.
+        preset: of `tether.causal.config.PRESETS`.
+        overrides: of the preset.
+
+    Returns:
+        The wrapped model in evaluation mode.
+
+    Raises:
+        ConfigError: unknown preset or override, or a model without input embeddings and an output head.
+    """
+    from tether.causal.loading import load_backbone, weights_fingerprint
+
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+    known = {*PRESETS[preset], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl"}
+    if unknown := set(overrides) - known:
+        raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(known))}")
+    model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__}: expected a causal LM with an output head without bias; load it with "
+            "AutoModelForCausalLM"
+        )
+    settings = PRESETS[preset] | overrides
+    tied = head.weight is model.get_input_embeddings().weight
+    config = CausalQwenConfig(
+        backbone_config=model.config,
+        preset=preset,
+        tie_word_embeddings=tied,
+        base_fingerprint=weights_fingerprint(model),
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+    # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
+    with torch.device("meta"):
+        wrapped = cls(config)
+    wrapped.backbone = model.base_model
+    dtype, device = head.weight.dtype, head.weight.device
+    wrapped.abduction, action = make_head(config)
+    wrapped.abduction.to(device, dtype).reset_identity()
+    # Not allocated twice: the base's own head takes the place of the class weight.
+    action.weight = head.weight
+    action.value_weight = nn.Parameter(action.value_weight.to(device, dtype))
+    action.value_bias = nn.Parameter(action.value_bias.to(device, dtype))
+    action.threshold = nn.Parameter(action.threshold.to(device))
+    action.class_noise = nn.Parameter(action.class_noise.to(device))
+    action.reset_action()
+    if config.noise_form == "fill":
+        ones = torch.ones(action.weight.shape[1], device=device)
+        action.fill_noise(ones * config.latent_scale, config.class_noise)
+    if settings["threshold"] is None:
+        own = action.weight.detach()[0].float().abs().sum() * config.latent_scale
+        size = float(own + action.noise_scale.detach()[0])
+        # A tenth of the likelihood's peak: beyond it float32 no longer tells close scores apart.
+        config.threshold = 0.1 * len(action.weight) * size / torch.pi
+        nn.init.constant_(action.threshold, config.threshold)
+    wrapped.action = action
+    wrapped.numeric = NumericEmbedding(wrapped.abduction.loc.in_features).to(device, dtype)
+    wrapped.numeric.reset_direction()
+    wrapped.generation_config = copy.deepcopy(model.generation_config)
+    wrapped.name_or_path = ""
+    wrapped.eval()
+    return wrapped
