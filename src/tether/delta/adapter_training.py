@@ -24,6 +24,9 @@ __all__ = ["AdapterFit", "AdapterTraining", "take_windows"]
 
 SMOOTH = 0.8
 """Share of the past in the running mean of the drift, which a batch of one context tells only roughly."""
+RISE, FALL = 0.1, 0.01
+"""Pace of the ascent. Every fit begins far below its budget: a multiplier that falls meanwhile lets it take directions
+that drift, which the few dozens of steps of a fit do not undo (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +120,8 @@ class AdapterTraining:
         self.domain, self.base, self.fit, self.generator = domain, base, fit, generator
         self.metric = "softmax" if fit.budget is None else fit.budget.metric
         value = 0.05 if fit.budget is None or fit.budget.value is None else fit.budget.value
-        self.start = self.multiplier = 0.05 / value if fit.replay is None else fit.replay
+        # What a nat of drift buys falls with the root of the drift.
+        self.start = self.multiplier = math.sqrt(0.05 / value) if fit.replay is None else fit.replay
         self.fisher = None
         if self.metric == "fisher":
             some = reference(model, base.states[:1024].float()).loc
@@ -212,14 +216,14 @@ class AdapterTraining:
     def _to_device(self, batch: Batch) -> Tensor:
         return batch.input_ids.to(self.model.action.weight.device)
 
-    # In logarithms the ascent answers alike to drifts far above and far below the budget; a fit has some dozens
-    # of steps, in which the multiplier can change by a factor of a hundred.
+    # In logarithms the ascent answers alike to drifts far above and far below the budget.
     def _ascend(self) -> None:
         budget = self.fit.budget
         if budget is None or budget.value is None or self.fit.replay is not None or self.drift is None:
             return
         excess = math.log(max(self.drift, 1e-12) / budget.value)
-        self.multiplier *= math.exp(0.1 * max(-2.0, min(2.0, excess)))
+        rate = RISE if excess > 0 else FALL
+        self.multiplier *= math.exp(rate * max(-2.0, min(2.0, excess)))
         self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)
 
 
