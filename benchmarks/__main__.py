@@ -2,11 +2,7 @@
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
-
-import torch
 
 from benchmarks import (
     budgets,
@@ -18,6 +14,7 @@ from benchmarks import (
     lape,
     leash,
     lm_eval_check,
+    many,
     merge,
     numbers,
     presets,
@@ -25,9 +22,10 @@ from benchmarks import (
     router,
     router_deltas,
     theory,
+    vlm,
+    widths,
 )
-from tether.store.manifest import versions
-from tether.store.publish import write_json
+from benchmarks.record import write_rows
 
 BENCHMARKS = {
     "budgets": budgets.rows,
@@ -39,6 +37,7 @@ BENCHMARKS = {
     "lape": lape.rows,
     "leash": leash.rows,
     "lm-eval": lm_eval_check.rows,
+    "many": many.rows,
     "merge": merge.rows,
     "numbers": numbers.rows,
     "presets": presets.rows,
@@ -46,6 +45,8 @@ BENCHMARKS = {
     "router": router.rows,
     "router-deltas": router_deltas.rows,
     "theory": theory.rows,
+    "vlm": vlm.rows,
+    "widths": widths.rows,
 }
 
 
@@ -60,15 +61,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     if arguments.json:
-        machine = {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-        write_json(
-            arguments.json,
-            {"benchmark": arguments.name, "machine": machine, "versions": versions(), "rows": rows},
-        )
+        write_rows(arguments.json, arguments.name, rows)
 
 
 if __name__ == "__main__":

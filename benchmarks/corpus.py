@@ -1,7 +1,11 @@
 """The demo's texts with their cached states, for benchmarks of deltas."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +17,20 @@ from tether.delta.source import reference, spread
 from tether.delta.windows import window_text
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "states_folder"]
 
 PIECE = 1200
+
+
+@contextlib.contextmanager
+def states_folder() -> Iterator[Path]:
+    """Give the folder that TETHER_STATES names, so that texts are read once for several runs, or a passing one."""
+    named = os.environ.get("TETHER_STATES")
+    if named:
+        yield Path(named)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 class Corpus:
@@ -46,7 +61,8 @@ class Corpus:
         third = ("base", "base-held-out", "base-fresh").index(name)
         mixed = [piece for pair in zip(*pieces, strict=False) for piece in pair]
         blocks = [mixed[start : start + 2] for start in range(2 * third, len(mixed), 6)]
-        return [piece for block in blocks for piece in block], self.tokens // 2
+        # Of the third part little is read: it only repeats what was measured on the second.
+        return [piece for block in blocks for piece in block], self.tokens // (6 if third == 2 else 2)
 
     def cache(self, name: str, layers: Sequence[int] = ()) -> StateCache:
         """Read a text once."""
@@ -56,14 +72,15 @@ class Corpus:
         )
 
     @torch.no_grad()
-    def loss(self, cache: StateCache, head: Head | None, count: int = 1024) -> float:
-        """Mean loss over the whole vocabulary with a delta, or of the base."""
+    def loss(self, cache: StateCache, head: Head | None, count: int = 1024, *, model: Any = None) -> float:
+        """Mean loss over the whole vocabulary with a delta, or of the base; `model`: with another latent."""
+        model = model or self.model
         scored = (cache.windows.targets >= 0).nonzero().squeeze(-1)
         scored = scored[spread(len(scored), count)]
-        weight = self.model.action.weight.detach()
+        weight = model.action.weight.detach()
         found = []
         for index in scored.split(chunk_rows(weight)):
-            at = reference(self.model, cache.states[index].float())
+            at = reference(model, cache.states[index].float())
             loc = at.loc if head is None else at.loc + at.scale * head.displacement(at.states)[1]
             log_prob = torch.log_softmax(loc @ weight.T, -1)
             found.append(-log_prob.gather(-1, cache.windows.targets[index].unsqueeze(-1)).squeeze(-1))

@@ -105,6 +105,24 @@ class Table:
             "bytes": found[0]["bytes"],
         }
 
+    def share(self, arm: str) -> tuple[dict[str, float], tuple[float, float]]:
+        """Compare an arm with plain LoRA.
+
+        Args:
+            arm: as in `single`.
+
+        Returns:
+            Its share of LoRA's gain by domain, and of LoRA's CPU seconds, cached and cold.
+        """
+        gains = {}
+        for name in DOMAINS:
+            base = self.figure(name, "base", "nll")
+            mine, plain = (base - self.figure(name, f"{a}:{name}", "nll") for a in (arm, "lora"))
+            gains[name] = mine / plain
+        mine_costs, plain_costs = self.costs(arm), self.costs("lora")
+        cached, cold = (mine_costs[cost] / plain_costs[cost] for cost in ("cpu_cached", "cpu_cold"))
+        return gains, (cached, cold)
+
     def fused(self) -> Iterable[dict[str, Any]]:
         """Give a line for every way to combine the domains.
 
@@ -190,6 +208,13 @@ class Table:
             for other in (name for name in arms if name.endswith("*s") and arm in arms):
                 mean, low, high = self.paired(arm, other)
                 text += f"- {arm} minus {other}: {mean:+.3f} ({low:+.3f} to {high:+.3f})\n"
+        text += "\nShare of plain LoRA's gain on each domain, and of its CPU seconds:\n\n"
+        lines = [["arm", *DOMAINS, "cached", "cold"]]
+        for arm in (name for name in DELTAS if name in arms):
+            shares, (cached, cold) = self.share(arm)
+            cells = [arm, *(f"{share:.2f}" for share in shares.values())]
+            lines.append([*cells, f"1/{1 / cached:.1f}", f"1/{1 / cold:.1f}"])
+        text += _table(lines)
         text += "\nAll three domains in one model: NLL of domains; NLL / mean KL of base texts.\n\n"
         lines = [["arm", *DOMAINS, "mean", *BASE_TEXTS, OTHER]]
         for line in self.fused():

@@ -27,6 +27,7 @@ from benchmarks.domain_measure import (
 )
 from benchmarks.domain_plan import DELTAS, OTHER, PLANS
 from benchmarks.domain_table import TEXTS, Table
+from benchmarks.record import write_rows
 from benchmarks.trial_texts import TRIAL as DOMAINS
 from tether.causal.loading import cache_folder
 from tether.demo.corpora import BASE_TEXTS
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after this many, to go on later"
     )
+    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--figure", type=Path, help="write the figure of domain loss against base drift here")
     arguments = parser.parse_args()
     results = Results(arguments.plan, arguments.folder, arguments.minutes)
@@ -244,7 +246,10 @@ def main() -> None:
     except OutOfTimeError:
         print("stopped; start the same command again to go on")
         return
-    print(Table(found, results.plan.seeds).markdown())
+    table = Table(found, results.plan.seeds)
+    print(table.markdown())
+    if arguments.json:
+        write_rows(arguments.json, f"domains, plan {arguments.plan}", as_rows(table, results.plan.seeds))
     if arguments.figure:
         with publish_file(arguments.figure) as target:
             target.write_bytes(tradeoff_png(found["curves"]))

@@ -1,31 +1,36 @@
 """Gated fusion of three domains and of ten: what gates lose of each domain, and what they leave of the base."""
 
 import dataclasses
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.corpus import Corpus
-from tether.delta.anchor import anchor_text
+from benchmarks.corpus import Corpus, states_folder
+from tether.causal.fused import Fusion
+from tether.delta.anchor import Anchor, anchor_text
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import fit_gate
+from tether.delta.head import Reference
 from tether.delta.learning import fit_delta
 from tether.delta.problem import Problem
 from tether.delta.source import spread
 from tether.delta.training import Fit
+from tether.delta.windows import Windows
 
 __all__ = ["rows"]
 
 Row = dict[str, Any]
 DOMAINS = ("bible", "code", "tables")
+KINDS = {"bible": 3, "code": 4, "tables": 3}
+"""Kinds that each corpus is split into: ten domains."""
 LIMIT = 0.01
+TOKENS = 512
 
 
 def rows(*, fast: bool) -> list[Row]:
@@ -37,24 +42,87 @@ def rows(*, fast: bool) -> list[Row]:
     Returns:
         Rows of case, metric, ours, baseline, ratio, runs.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Corpus(Path(folder), tokens=3_000 if fast else 30_000)
+    with states_folder() as folder:
+        corpus = Corpus(folder, tokens=3_000 if fast else 30_000)
         anchor = anchor_text(corpus.model, corpus.cache("base"), corpus.cache("base-held-out"))
         general = {name: corpus.cache(f"base-{name}") for name in ("news", "wiki")}
-        texts = {name: corpus.cache(name) for name in DOMAINS}
-        tests = {name: corpus.cache(f"{name}-test") for name in DOMAINS}
-        deltas = {name: fit_delta(corpus.model, texts[name], anchor, name, _fit()) for name in DOMAINS}
-        found = _measure("three domains", corpus.model, deltas, tests, general, "one-class")
-        shut = {n: dataclasses.replace(d, gate=fit_gate(texts[n])) for n, d in deltas.items()}
-        found += _measure("three, gates closed for 8 tokens", corpus.model, shut, tests, general, "one-class")
-        if fast:
-            return found
-        parts = _split({name: (texts[name], tests[name]) for name in DOMAINS})
-        many = {n: fit_delta(corpus.model, text, anchor, n, _fit()) for n, (text, _) in parts.items()}
-        tests = {name: test for name, (_, test) in parts.items()}
-        for gate in ("one-class", "softmax"):
-            found += _measure(f"{len(many)} domains, {gate} gates", corpus.model, many, tests, general, gate)
+        texts = {name: (corpus.cache(name), corpus.cache(f"{name}-test")) for name in DOMAINS}
+        found = _cases(
+            "three domains", folder, corpus.model, anchor, texts, general, ("one-class", "softmax")
+        )
+        if not fast:
+            parts = _split(texts)
+            title = f"{len(parts)} domains"
+            found += _cases(title, folder, corpus.model, anchor, parts, general, ("one-class", "softmax"))
         return found
+
+
+def _cases(
+    title: str,
+    folder: Path,
+    model: Any,
+    anchor: Anchor,
+    texts: Mapping[str, tuple[StateCache, StateCache]],
+    general: Mapping[str, StateCache],
+    gates: Sequence[str],
+) -> list[Row]:
+    deltas = {name: _learnt(folder, model, text, anchor, name) for name, (text, _) in texts.items()}
+    ones, alone = np.ones(len(deltas)), []
+    found = []
+    for gate in gates:
+        problem = Problem(model, _fused(model, deltas, gate), Budget(value=LIMIT))
+        extra, better = [], []
+        for number, (name, (_, test)) in enumerate(texts.items()):
+            scored = (test.windows.targets >= 0).nonzero().squeeze(-1)
+            here = problem.contexts(test, scored[spread(len(scored), TOKENS)])
+            problem.kept = [here]
+            gated = problem.losses(ones)[0]
+            if len(alone) == number:  # what needs no gates is measured once
+                base = problem.losses(0 * ones)[0]
+                problem.kept = [here._replace(gates=torch.ones_like(here.gates))]
+                alone.append((base, problem.losses(np.eye(len(deltas))[number])[0]))
+            base, own = alone[number]
+            extra.append(gated - own)
+            better.append(gated < base)
+            row = _row(
+                f"{title}, {gate}: {name}; baseline: its own delta alone, always on", "NLL", gated, own
+            )
+            opened = dict(zip(deltas, here.gates.mean(-1).tolist(), strict=True))
+            found.append(row | {"base": base, "tokens": len(here.targets), "gates_open": opened})
+        found += [_drift(f"{title}, {gate}: {n}", problem, cache) for n, cache in general.items()]
+        row = _row(
+            f"{title}, {gate}: mean loss to gates; baseline: 0.05", "nats", float(np.mean(extra)), 0.05
+        )
+        found.append(row | {"largest": max(extra), "better_than_base": sum(better), "domains": len(deltas)})
+    return found
+
+
+def _drift(case: str, problem: Problem, cache: StateCache) -> Row:
+    here = problem.contexts(cache, torch.arange(len(cache.windows.input_ids)))
+    # Where every gate is closed the base is served.
+    moved = here.gates.sum(0) > 0
+    some = here._replace(at=Reference(*(v[moved] for v in here.at)), gates=here.gates[:, moved])
+    kl = problem.drift(np.ones(len(problem.names)), some) if bool(moved.any()) else torch.zeros(1)
+    row = _row(
+        f"{case}; baseline: the budget of one delta", "softmax KL", float(kl.sum()) / len(moved), LIMIT
+    )
+    opened = dict(zip(problem.names, here.gates.mean(-1).tolist(), strict=True))
+    return row | {"tokens": len(moved), "largest": float(kl.max()), "gates_open": opened}
+
+
+def _fused(model: Any, deltas: Mapping[str, Delta], gate: str) -> Fusion:
+    fusion = fuse(model, dict.fromkeys(deltas.values(), 1.0), gate=gate).fusion
+    if fusion is None:
+        raise RuntimeError("fuse returned a model without a fusion")
+    return fusion
+
+
+def _learnt(folder: Path, model: Any, text: StateCache, anchor: Anchor, name: str) -> Delta:
+    """Learn a delta, or take the one that an earlier run left in the folder of TETHER_STATES; gates are always new."""
+    path = folder / f"{name}-{len(text.windows.input_ids)}.delta"
+    if path.is_file():
+        return dataclasses.replace(Delta.load(path), gate=fit_gate(text, background=anchor.background))
+    return fit_delta(model, text, anchor, name, _fit()).save(path)
 
 
 def _fit() -> Fit:
@@ -62,62 +130,33 @@ def _fit() -> Fit:
 
 
 def _split(texts: Mapping[str, tuple[StateCache, StateCache]]) -> dict[str, tuple[StateCache, StateCache]]:
-    """Split corpora further: documents are clustered by their mean hidden state, tables in four, others in three."""
+    """Split corpora further by clustering documents by their mean hidden state, and set every fifth one aside."""
     from sklearn.cluster import KMeans
 
     found = {}
-    for name, (train, test) in texts.items():
-        means = []
-        for cache in (train, test):
-            numbers = cache.windows.documents.unique()
-            means.append(
-                torch.stack([cache.states[cache.windows.documents == n].float().mean(0) for n in numbers])
-            )
-        count = 4 if name == "tables" else 3
-        kinds = KMeans(count, n_init=10, random_state=0).fit(means[0].numpy())
-        labels = [torch.tensor(kinds.predict(mean.numpy())) for mean in means]
-        for kind in range(count):
-            halves = [
-                cache.only(cache.windows.documents.unique()[label == kind])
-                for cache, label in zip((train, test), labels, strict=True)
-            ]
-            if len(halves[1].windows.input_ids):
-                found[f"{name}-{kind}"] = (halves[0], halves[1])
+    for name, halves in texts.items():
+        whole = _join(*halves)
+        numbers = whole.windows.documents.unique()
+        means = [whole.states[whole.windows.documents == n].float().mean(0).numpy() for n in numbers]
+        labels = KMeans(KINDS[name], n_init=10, random_state=0).fit_predict(np.stack(means))
+        for kind in range(KINDS[name]):
+            of_kind = numbers[torch.from_numpy(labels == kind)]
+            tested = torch.arange(len(of_kind)) % 5 == 4
+            found[f"{name}-{kind}"] = (whole.only(of_kind[~tested]), whole.only(of_kind[tested]))
     return found
 
 
-def _measure(
-    case: str,
-    model: Any,
-    deltas: Mapping[str, Delta],
-    tests: Mapping[str, StateCache],
-    general: Mapping[str, StateCache],
-    gate: str,
-) -> list[Row]:
-    fused = fuse(model, dict.fromkeys(deltas.values(), 1.0))
-    if fused.fusion is None:
-        raise RuntimeError("fuse returned a model without a fusion")
-    fused.fusion.gate = gate
-    problem = Problem(model, fused.fusion, Budget(value=LIMIT))
-    ones = np.ones(len(deltas))
-    found, extra = [], []
-    for number, name in enumerate(deltas):
-        scored = (tests[name].windows.targets >= 0).nonzero().squeeze(-1)
-        here = problem.contexts(tests[name], scored[spread(len(scored), 1024)])
-        problem.kept = [here]
-        gated, base = problem.losses(ones)[0], problem.losses(0 * ones)[0]
-        problem.kept = [here._replace(gates=torch.ones_like(here.gates))]
-        alone = problem.losses(np.eye(len(deltas))[number])[0]
-        extra.append(gated - alone)
-        row = _row(f"{case}: {name}; baseline: its own delta alone, always on", "NLL", gated, alone)
-        found.append(row | {"base": base, "gates_open": here.gates.mean(-1).tolist()})
-    for name, cache in general.items():
-        here = problem.contexts(cache, spread(len(cache.windows.input_ids), 3072))
-        kl = float(problem.drift(ones, here).mean())
-        row = _row(f"{case}: {name}; baseline: the budget of one delta", "softmax KL", kl, LIMIT)
-        found.append(row | {"gates_open": here.gates.mean(-1).tolist()})
-    mean = float(np.mean(extra))
-    return [*found, _row(f"{case}: mean loss to gates; baseline: 0.05", "nats", mean, 0.05)]
+def _join(one: StateCache, other: StateCache) -> StateCache:
+    """Lay two texts end to end; documents of the second are numbered on."""
+    a, b = one.windows, other.windows
+    windows = Windows(
+        torch.cat([a.input_ids, b.input_ids]),
+        torch.cat([a.targets, b.targets]),
+        torch.cat([a.documents, b.documents + int(a.documents.max()) + 1]),
+        torch.cat([a.starts, b.starts[1:] + a.starts[-1]]),
+    )
+    every = (cache.states[torch.arange(len(cache.states))] for cache in (one, other))
+    return one._replace(windows=windows, states=torch.cat(list(every)))
 
 
 def _row(case: str, metric: str, ours: float, baseline: float) -> Row:

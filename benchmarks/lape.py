@@ -16,12 +16,13 @@ from benchmarks.lape_merge import experiment
 from tether.causal.loading import load_backbone
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
 from tether.merge.encoding import encode
-from tether.merge.ensembles import spectral_labels
+from tether.merge.ensembles import spectral_labels, split_half_agreement
 from tether.merge.fusion import regression_mean
 from tether.merge.gram import load_grams, save_grams, stream_grams
 from tether.merge.packing import pack_bank
 from tether.merge.paths import PathBank, sample_paths
 from tether.merge.probes import EncodedProbe, Probe, encode_probes
+from tether.merge.signatures import Signatures
 from tether.merge.study import study_lengths
 from tether.merge.towers import find_linears
 from tether.store.reader import CheckpointReader
@@ -30,6 +31,10 @@ from tether.store.writer import ShardWriter
 __all__ = ["rows"]
 
 Row = dict[str, Any]
+
+ENSEMBLES = 8
+PATHS = 32
+"""Paths of each of 12 samples in the study of lengths, so that its noise lies below what it is to see."""
 
 
 def rows(*, fast: bool, on_step: Callable[[str], None] = lambda name: None) -> list[Row]:
@@ -128,9 +133,12 @@ def encoding(model: Any, probes: list[EncodedProbe]) -> list[Row]:
     """
     seconds, bank = _cpu(lambda: sample_paths(model, probes, paths=8))
     found = [_row(f"paths of {len(probes)} samples", "CPU seconds", [seconds], [600.0 * len(probes) / 64])]
+    stable: list[Row] = []
     for gradients in (True, False):
         with tempfile.TemporaryDirectory() as folder:
-            used, _ = _cpu(lambda f=folder, g=gradients: encode(model, bank, Path(f) / "s", gradients=g))
+            used, read = _cpu(lambda f=folder, g=gradients: encode(model, bank, Path(f) / "s", gradients=g))
+            if gradients:
+                stable = agreement(model, read)
         kind = "with gradients and Fisher" if gradients else "activations only"
         found.append(
             _row(
@@ -140,7 +148,25 @@ def encoding(model: Any, probes: list[EncodedProbe]) -> list[Row]:
                 [600.0 * len(probes) / 64],
             )
         )
-    return found
+    return found + stable
+
+
+def agreement(model: Any, read: Signatures) -> list[Row]:
+    """Cluster the neurons of a few layers from either half of the samples and compare the ensembles.
+
+    Args:
+        model: the base.
+        read: its signatures.
+
+    Returns:
+        One row; the baseline is the agreement that ensembles must have to be worth a default.
+    """
+    linears = find_linears(model)
+    layers = [linears[0], linears[len(linears) // 2], linears[-1]]
+    each = {name: split_half_agreement(read.phi(name), ENSEMBLES) for layer in layers for name in layer}
+    case = f"{ENSEMBLES} ensembles of one layer, two halves of {len(read.loss)} samples; baseline: the least wanted"
+    row = _row(case, "adjusted Rand index, median over layers", list(each.values()), [0.6])
+    return [row | {"modules": list(each)}]
 
 
 def clustering(neurons: int) -> list[Row]:
@@ -225,9 +251,9 @@ def lengths(model: Any, tokenizer: Any) -> list[Row]:
     Returns:
         One row a weighting and component; the baseline is the plain token mean.
     """
-    texts = documents(BASE_TEXTS["wiki"])[:4] + documents(DOMAINS["code"])[:4]
+    texts = documents(BASE_TEXTS["wiki"])[:6] + documents(DOMAINS["code"])[:6]
     probes = encode_probes([Probe(text=text) for text in texts], tokenizer)
-    bank = sample_paths(model, probes, paths=16, shortest=64, longest=64, batch_size=2)
+    bank = sample_paths(model, probes, paths=PATHS, shortest=64, longest=64, batch_size=2)
     study = study_lengths(model, bank)
     found = []
     for row in study.rows:
@@ -239,7 +265,10 @@ def lengths(model: Any, tokenizer: Any) -> list[Row]:
     for length, effective, lost in zip(study.lengths, study.effective, study.underflow, strict=True):
         found += [
             _row(
-                f"document's weights, len_max {length}; baseline: all", "effective paths", [effective], [16.0]
+                f"document's weights, len_max {length}; baseline: all",
+                "effective paths",
+                [effective],
+                [float(PATHS)],
             ),
             _row(f"document's weights, len_max {length}", "share zero in float32", [lost], [1.0]),
         ]

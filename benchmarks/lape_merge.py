@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.finetune import BASE, FineTune
 from benchmarks.lape_ablation import document_variants, fisher_variants, flat_variants, shared_path_variants
 from benchmarks.lape_table import Table
 from benchmarks.lape_trial import PAIR, State, Trial
@@ -18,14 +19,14 @@ Row = dict[str, Any]
 
 SCALES = (1.0, 1.15, 1.3)
 BASELINES: dict[str, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
-    "task arithmetic": [("task_arithmetic", {"lambda": x}, {"weight": 1.0}) for x in (0.4, 0.5, 0.6, 0.7)],
+    "task arithmetic": [("task_arithmetic", {"lambda": x}, {"weight": 1.0}) for x in (0.5, 0.6, 0.75, 1.0)],
     "TIES": [
         ("ties/mergekit", {"lambda": x}, {"weight": 1.0, "density": d})
         for d in (0.3, 0.6)
         for x in (0.7, 1.0)
     ],
     "DARE-TIES": [
-        ("dare_ties", {"lambda": x}, {"weight": 1.0, "density": d}) for d in (0.6, 0.9) for x in (0.5, 0.6)
+        ("dare_ties", {"lambda": x}, {"weight": 1.0, "density": d}) for d in (0.6, 0.9) for x in (0.6, 0.8)
     ],
 }
 """Grids, chosen on the validation windows; the average is task arithmetic at 0.5."""
@@ -139,11 +140,12 @@ def trial_rows(
 
 
 def _folder(seed: int, samples: int, tests: int) -> Path:
-    return cache_folder() / f"lape-merge-{seed}-{samples}-{tests}"
+    tuned = FineTune(PAIR[0], seed).name.removeprefix(f"finetune-{BASE}-{PAIR[0]}-")
+    return cache_folder() / f"lape-merge-{'-'.join(PAIR)}-{tuned}-{samples}-{tests}"
 
 
 def experiment(
-    *, seeds: tuple[int, ...] = (0, 1, 2), full: tuple[int, ...] = (0,), samples: int = 8, tests: int = 20,
+    *, seeds: tuple[int, ...] = (0, 1, 2), full: tuple[int, ...] = (0,), samples: int = 8, tests: int = 16,
     keep: bool = False, on_step: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:  # fmt: skip
     """Run the trials and put each method beside the best tuned baseline of its seed.

@@ -23,9 +23,9 @@ __all__ = ["PAIR", "State", "Trial"]
 State = dict[str, Tensor]
 Rule = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
 
-PAIR = ("code", "bible")
+PAIR = ("code", "tables")
 GENERAL = "wiki"
-VALIDATION = 8
+VALIDATION = 6
 """Windows of each domain on which every method's options are chosen."""
 
 

@@ -15,12 +15,14 @@ from tether.stats import standard_error
 __all__ = ["rows"]
 
 Row = dict[str, Any]
+SEED = 200
 METRICS = ("loss", "eff_k", "effective_experts", "nrmi", "itjd", "max_violation", "dead")
 STARVED = {
     "none": Arm("none"),
     "Switch": Arm("switch", lam=0.01),
     "KL-uniform": Arm("prior", "uniform", lam=0.05),
     "direction 2": Arm("tax", lam=0.05),
+    "direction 2, balance": Arm("balance", lam=0.05),
     "prior by cost": Arm("prior", lam=0.05),
 }
 
@@ -54,15 +56,15 @@ def rows(*, fast: bool) -> list[Row]:
     # What is claimed of goodness is that it does what its control does.
     pair = {name: ARMS[name] for name in ("goodness, g=0", "goodness")}
     found += _compare("regression, goodness", regression, pair, 2 if fast else 5, steps=600 // share)
-    return found
+    return found + _accepted(found)
 
 
 def _compare(
     task: str, train: Callable[..., Outcome], arms: dict[str, Arm], seeds: int, **options: Any
 ) -> list[Row]:
-    """Run arms from seeds that no choice was made on; the first arm is the baseline."""
+    """Run arms from seeds that no choice was made on (those were 0 to 9); the first arm is the baseline."""
     outcomes = {
-        name: [train(arm, 100 + seed, **options) for seed in range(seeds)] for name, arm in arms.items()
+        name: [train(arm, SEED + seed, **options) for seed in range(seeds)] for name, arm in arms.items()
     }
     baseline = next(iter(arms))
     found = []
@@ -78,6 +80,47 @@ def _compare(
                 "runs": seeds,
             })  # fmt: skip
     return found
+
+
+def _accepted(found: list[Row]) -> list[Row]:
+    """Hold the arms of direction 2 against the acceptance figures 3 to 6 of the research notes (section 7)."""
+    rows = {(row["case"].split(" (lam")[0], row["metric"]): row for row in found}
+    reading = next(row for row in found if row["case"].startswith("one reading"))
+    every = next(row for row in found if row["case"].startswith("readings at every=10;"))
+    checks = [
+        ("3: one reading, share of a step", reading["ratio"], 0.03, "<="),
+        ("3: readings at every=10, share of a step", every["ratio"], 0.005, "<="),
+    ]
+    for arm in ("direction 2", "direction 2, balance"):
+        loss, nrmi, used = (rows[f"regression: {arm}", m] for m in ("loss", "nrmi", "effective_experts"))
+        starved = {m: rows[f"starved regression: {arm}", m] for m in ("loss", "dead")}
+        nats, violation = (rows[f"bytes: {arm}", m] for m in ("loss", "max_violation"))
+        checks += [
+            (
+                f"4: {arm}: loss above none, of two standard errors",
+                loss["difference"],
+                2 * loss["error"],
+                "<=",
+            ),
+            (f"4: {arm}: nRMI above none", nrmi["difference"], -0.01, ">="),
+            (f"4: {arm}: load-effective experts above none", used["difference"], 1.0, ">="),
+            (f"5: {arm}: dead of 8", starved["dead"]["ours"], 1.5, "<="),
+            (f"5: {arm}: loss above none", starved["loss"]["difference"], -0.008, "<="),
+            (
+                f"6: {arm}: loss above Switch",
+                nats["ours"] - rows["bytes: Switch", "loss"]["ours"],
+                0.01,
+                "<=",
+            ),
+            (f"6: {arm}: MaxVio", violation["ours"], 0.4, "<="),
+        ]
+    return [
+        {
+            "case": f"acceptance figure {case}; baseline: the limit", "metric": f"measured {sign} limit", "ours": ours,
+            "baseline": limit, "ratio": None, "runs": 1, "holds": ours <= limit if sign == "<=" else ours >= limit,
+        }
+        for case, ours, limit, sign in checks
+    ]  # fmt: skip
 
 
 def _values(outcomes: list[Outcome], metric: str) -> list[float]:

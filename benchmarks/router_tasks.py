@@ -55,6 +55,7 @@ ARMS = {
     "KL-uniform": Arm("prior", "uniform"),
     "direction 1": Arm("tax", "snr"),
     "direction 2": Arm("tax"),
+    "direction 2, balance": Arm("balance"),
     "shuffled cost": Arm("tax", "shuffled"),
     "goodness": Arm("goodness", lam=0.1),
     "goodness, g=0": Arm("entropy", lam=0.1),
@@ -111,7 +112,7 @@ class Mixture(nn.Module):
     def __init__(self, width: int, starved: bool) -> None:
         super().__init__()
         self.gate = Router(width, starved)
-        self.experts = Bank(width, 8)
+        self.experts = Bank(width, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         _, weights, chosen = self.gate(x)
@@ -140,8 +141,11 @@ def _trained(arm: Arm, seed: int, steps: int, starved: bool) -> tuple[float, dic
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)
         width = 16
-        centers = torch.randn(len(SHARES), width) * 1.2
-        teachers = torch.randn(len(SHARES), width, 12) / width**0.5, torch.randn(len(SHARES), 12) / 12**0.5
+        centers = torch.randn(len(SHARES), width)
+        teachers = (
+            torch.randn(len(SHARES), width, 12) * 2 / width**0.5,
+            torch.randn(len(SHARES), 12) / 12**0.5,
+        )
         model = Mixture(width, starved)
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +154,7 @@ def _trained(arm: Arm, seed: int, steps: int, starved: bool) -> tuple[float, dic
         every = torch.einsum(
             "tnh,th->nt", torch.tanh(torch.einsum("ni,tih->tnh", x, teachers[0])), teachers[1]
         )
-        y = 1.3 * every.gather(1, task[:, None]).squeeze(1)
+        y = every.gather(1, task[:, None]).squeeze(1)
         y = y + torch.randn(count, generator=generator) * (task == NOISY)
         return x, y, task
 
@@ -213,6 +217,7 @@ def language(arm: Arm, seed: int, texts: dict[str, Tensor], *, steps: int = 300)
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config)
+        _spread(model)
     parts = list(texts.values())
     cut = [int(0.9 * len(part)) for part in parts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -229,6 +234,23 @@ def language(arm: Arm, seed: int, texts: dict[str, Tensor], *, steps: int = 300)
                 losses.append(float(_nats(model, ids)))
             shaper.observe(task)
         return Outcome(sum(losses) / len(losses), shaper.report()["mean"])
+
+
+def _spread(model: nn.Module) -> None:
+    """Start at the scale torch gives by itself, which suits this width: at transformers' 0.02 all tokens look alike.
+
+    Embeddings of size 1 an entry, matrices of 1/sqrt(inputs). At 0.02 what all tokens have in common (the frequency
+    of bytes) soon outweighs the embeddings, and one expert gets nine tokens of ten whatever they are.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(weight, nn.Parameter) and weight.dim() == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() == 3:  # stacked experts, (E, outputs, inputs)
+                nn.init.normal_(parameter, std=parameter.shape[2] ** -0.5)
 
 
 def _nats(model: nn.Module, ids: Tensor) -> Tensor:
@@ -250,10 +272,10 @@ def _batches(
 
 
 def main() -> None:
-    """Draw how one regression run is routed with the tax of direction 2."""
+    """Draw how one regression run is routed with the balance by direction 2."""
     path = Path(sys.argv[1])
     with publish_file(path) as target:
-        target.write_bytes(routing_png(_trained(ARMS["direction 2"], 100, 1200, False)[1], TASKS))
+        target.write_bytes(routing_png(_trained(ARMS["direction 2, balance"], 200, 1200, False)[1], TASKS))
 
 
 if __name__ == "__main__":

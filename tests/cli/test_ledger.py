@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.cli.app import main
 from tether.delta.delta import Delta
@@ -48,7 +49,7 @@ def work(tmp_path_factory):
             second=heads[1],
             gate=gate,
             base=model.config.base_fingerprint,
-            record={"budget": 0.1, "metric": "softmax"},
+            record={"budget": 0.1, "metric": "softmax", "latent_base": 0.4},
         ).save(folder / f"{name}.delta")
     for name, kind in (("general", "words"), ("other", "digits")):
         write_documents(folder / f"{name}.jsonl", tiny.documents(kind, 12))
@@ -68,6 +69,40 @@ def test_a_domain_is_removed_and_added_again(tether, work):
     assert json.loads(out)["leash"] is None
 
 
+def test_softmax_gates_are_chosen_and_kept(tether, work):
+    def gate(*arguments):
+        code, out, err = tether("fuse", *arguments, "--json")
+        assert code == 0, err
+        described = json.loads(out)
+        return described.get("gate") if described["gated"] else None
+
+    assert (
+        gate("model", "law.delta", "code.delta=0.5", "tables.delta", "--gate", "softmax", "--out", "sm")
+        == "softmax"
+    )
+    # Taking out and adding keep the kind, bit for bit; both can be changed.
+    assert gate("sm", "--remove", "law", "--out", "sm-two") == "softmax"
+    assert (
+        gate("model", "code.delta=0.5", "tables.delta", "--gate", "softmax", "--out", "sm-never") == "softmax"
+    )
+    for name in ("model.safetensors", "config.json"):
+        assert (work / "sm-two" / name).read_bytes() == (work / "sm-never" / name).read_bytes()
+    assert gate("sm-two", "law.delta", "--out", "sm-added") == "softmax"
+    assert gate("sm-added", "--gate", "one-class", "--out", "sm-one") == "one-class"
+    assert gate("sm-one", "--no-gate", "--out", "sm-none") is None
+    assert gate("model", "law.delta", "--out", "sm-plain") == "one-class"
+    _, out, _ = tether("fuse", "model", "law.delta", "--gate", "softmax", "--out", "sm-told")
+    assert "softmax gates" in out
+    # What is served differs, so the choice is no mere label.
+    z, mask = (
+        torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(5)),
+        torch.ones(1, 12, dtype=torch.bool),
+    )
+    shared, single = (load(str(work / name))[0].fusion.gates(z, mask)[0] for name in ("sm-added", "sm-one"))
+    assert bool((single.sum(0) > 1).any())
+    torch.testing.assert_close(shared.sum(0), single.amax(0))
+
+
 def test_the_ledger_prints_what_it_gives_as_json(tether):
     tether("fuse", "model", "law.delta", "code.delta=0.5", "--no-gate", "--leash", 0.4, "--leash-metric", "latent",
            "--out", "held")  # fmt: skip
@@ -77,6 +112,8 @@ def test_the_ledger_prints_what_it_gives_as_json(tether):
     assert code == 0
     assert figures["total"]["leashed"] <= 0.4 * (1 + 1e-5) < figures["total"]["measured"]
     assert figures["room"] == 0
+    # A weight of 0.5 never adds drift, so what two budgets of 0.4 allow is that of unit weights: (2 sqrt 0.4)^2.
+    assert figures["budgets"]["allowed"] == pytest.approx(1.6)
     code, out, _ = tether(*asked)
     assert code == 0
     for words in (
@@ -86,6 +123,7 @@ def test_the_ledger_prints_what_it_gives_as_json(tether):
         "measured",
         "ratio",
         "in rootkl",
+        "from the budgets alone: allowed 1.6, measured",
         "leash 0.4 nats",
         "another delta of drift 0.2",
     ):
@@ -132,6 +170,8 @@ BAD = {
         "latent",
     ),
     "no deltas": ([], "no deltas"),
+    "gate kind": (["law.delta", "--gate", "loudest"], "one-class, softmax"),
+    "gate and none": (["law.delta", "--gate", "softmax", "--no-gate"], "or --no-gate"),
 }
 
 

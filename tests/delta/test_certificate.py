@@ -27,7 +27,7 @@ def made(tmp_path_factory):
         second=torch.randn(32, 32, generator=generator) / 32,
         gate=Gate(torch.zeros(32), torch.randn(4, 32, generator=generator), torch.full((6,), 120.0)),
         base=model.config.base_fingerprint,
-        record={"budget": 0.1, "metric": "softmax"},
+        record={"budget": 0.1, "metric": "softmax", "latent_base": 0.4},
     )
     fused = fuse(model, {delta: 1.0})
     save_checkpoint(fused, tiny.tokenizer(), folder / "fused")
@@ -51,6 +51,9 @@ def test_a_certificate_holds_also_after_its_folder_has_moved(copy):
     assert certificate.texts["words"]["path"] == "words.jsonl"
     assert certificate.figures["words"]["softmax_kl"]["mean"] > 0
     assert certificate.figures["words"]["bound"]["violations"] == 0
+    planned = certificate.figures["words"]["budgets"]
+    assert planned["allowed"] == pytest.approx(0.4)
+    assert planned["ratio"] == pytest.approx(certificate.figures["words"]["latent_drift"]["mean"] / 0.4)
 
 
 def files(folder):
@@ -157,13 +160,17 @@ def test_texts_that_the_model_did_not_write_are_found(leashed, tmp_path, change)
     assert any("words.continuations" in line for line in verify(tmp_path / "copy" / "cert.json"))
 
 
-def test_a_certificate_of_the_first_schema_still_holds(copy):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_certificate_of_an_older_schema_still_holds(copy, version):
     content = json.loads((copy / "cert.json").read_text())
-    content["schema_version"] = 1
-    for name in ("continuations", "continuation_tokens", "seed"):
-        del content["settings"][name]
+    content["schema_version"] = version
     for figures in content["figures"].values():
-        del figures["token_law"], figures["leash_pulled"]
+        del figures["budgets"]
+    if version == 1:
+        for name in ("continuations", "continuation_tokens", "seed"):
+            del content["settings"][name]
+        for figures in content["figures"].values():
+            del figures["token_law"], figures["leash_pulled"]
     older = Certificate(**content).sealed()
     (copy / "cert.json").write_text(json.dumps(older.model_dump(mode="json")))
     assert verify(copy / "cert.json") == []

@@ -1,12 +1,16 @@
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_open, window_mean
 from tether.delta.background import write_background
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
-from tether.delta.gate import Gate, describe_gates, fit_gate, put_gate, take_gate
+from tether.delta.gate import SHARES, Gate, describe_gates, fit_gate, put_gate, take_gate
 from tether.errors import ConfigError
 
 
@@ -40,6 +44,51 @@ def test_whitened_means_have_unit_variance(caches):
     assert gate.threshold.shape == (8,)
     gram = gate.whitening[-1].double() @ gate.whitening[-1].double().T
     assert bool((gram - torch.diag(gram.diagonal())).abs().max() < 1e-3 * gram.max())
+
+
+def some_documents(cache, count):
+    return cache.only(cache.windows.documents.unique()[:count])
+
+
+def test_statistics_and_threshold_are_those_of_the_dense_formulas(caches):
+    few = some_documents(caches["digits"], 6)
+    gate = fit_gate(few, window=1, rank=32, quantile=0.9, early=1)
+    samples = few.states.double().numpy()
+    fold = few.windows.documents.unique(return_inverse=True)[1].numpy() % 4
+
+    def covariance(part, share):
+        dense = np.cov(part.T)
+        return (1 - share) * dense + share * np.trace(dense) / 32 * np.eye(32)
+
+    found = {}
+    for share in SHARES[1:]:  # a covariance of fewer samples than directions has no density
+        total, distances = 0.0, np.zeros(len(samples))
+        for number in range(4):
+            train, out = samples[fold != number], fold == number
+            law = stats.multivariate_normal(train.mean(0), covariance(train, share))
+            total += law.logpdf(samples[out]).sum()
+            away = samples[out] - train.mean(0)
+            distances[out] = (away * np.linalg.solve(covariance(train, share), away.T).T).sum(-1)
+        found[share] = total, distances
+    best = max(found, key=lambda share: found[share][0])
+    precision = (gate.whitening[0].T @ gate.whitening[0]).double().numpy()
+    np.testing.assert_allclose(precision, np.linalg.inv(covariance(samples, best)), rtol=1e-3, atol=1e-3)
+    # 0.9 of the contexts, with a seventh document counted beyond the six.
+    place = math.ceil(0.9 * (1 + 1 / 6) * len(samples) - 1e-9) if 0.9 * 7 / 6 < 1 else len(samples)
+    assert float(gate.threshold) == pytest.approx(np.sort(found[best][1])[place - 1], rel=1e-4)
+
+
+def test_a_gate_of_few_documents_opens_on_documents_it_has_not_seen(caches):
+    numbers = caches["digits"].windows.documents.unique()
+    rates, strange = [], []
+    for start in range(0, 40, 8):
+        gate = fit_gate(caches["digits"].only(numbers[start : start + 8]), window=16, rank=16, early=1)
+        rates.append(
+            open_rate(gate, caches["digits"].only(numbers[~torch.isin(numbers, numbers[start : start + 8])]))
+        )
+        strange.append(open_rate(gate, caches["words"]))
+    assert sum(rates) / len(rates) > 0.85
+    assert sum(strange) / len(strange) < 0.5
 
 
 @pytest.fixture(scope="module")

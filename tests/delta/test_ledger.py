@@ -15,7 +15,8 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse, save_checkpoint, unfuse
 from tether.delta.gate import Gate
-from tether.delta.ledger import Allowance, check_allowance, keep_ledger, room, shares
+from tether.delta.ledger import Allowance, check_allowance, keep_ledger, room
+from tether.delta.shares import shares
 from tether.errors import CertificateError, ConfigError
 
 

@@ -244,6 +244,20 @@ def test_regression_mean_solves_each_linear_layer(tmp_path):
         torch.testing.assert_close(torch.from_numpy(merged[name]).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_threads_of_a_merge_change_no_byte_of_a_regression_mean(tmp_path):
+    models = {}
+    for seed, name in enumerate("ab"):
+        tensors = tuned(decoder(), seed + 1)
+        save(tmp_path / name, tensors, LLAMA)
+        grams(tmp_path / f"grams-{name}", tensors, seed)
+        models[name] = {"path": str(tmp_path / name), "grams": str(tmp_path / f"grams-{name}")}
+    made = plan(tmp_path, operator="regression_mean", models=models)
+    for threads in (1, 2, 4):
+        merge(made, tmp_path / f"out{threads}", threads=threads)
+    first, *others = ((tmp_path / f"out{n}" / "model.safetensors").read_bytes() for n in (1, 2, 4))
+    assert all(other == first for other in others)
+
+
 def test_regression_mean_brings_the_gram_matrices_of_an_aligned_model_along(tmp_path):
     tensors = {"a": tuned(decoder(), 1), "b": tuned(decoder(), 2)}
     order = {

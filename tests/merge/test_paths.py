@@ -112,6 +112,22 @@ def test_images_are_read_once_and_reach_the_paths():
             assert_close(packed[mine], plain[:length], rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_would_write_image_tokens_does_not_get_to():
+    model = lape.llava()
+    with torch.no_grad():
+        # Whatever the last norm gives, the image token is the likeliest, with more than the nucleus.
+        model.model.language_model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+        model.lm_head.bias.zero_()[lape.IMAGE_TOKEN] = 20.0
+    bank = sample_paths(model, [lape.image_probe(), *lape.probes(1)], paths=3, shortest=4, longest=4)
+    assert lape.IMAGE_TOKEN not in bank.tokens
+    assert len(bank.tokens.unique()) > 4
+    # What is recorded is the model's own law, image token and all.
+    expected = torch.log_softmax(model.lm_head.bias, 0)[bank.tokens]
+    assert_close(bank.log_prob, expected)
+    assert len(list(pack_bank(bank, model))) == 2
+
+
 def test_a_bank_is_read_as_it_was_written(tmp_path):
     model = lape.llava()
     bank = sample_paths(model, [lape.image_probe(), *lape.probes(2)], paths=2, shortest=2, longest=3)

@@ -9,7 +9,14 @@ from torch.testing import assert_close
 
 import tiny_moe
 from tether.errors import ConfigError, ShapeError
-from tether.router.cost import information_cost, log_information, normalise_cost, shuffle_cost, step_snr
+from tether.router.cost import (
+    information_cost,
+    log_information,
+    normalise_cost,
+    shuffle_cost,
+    step_snr,
+    temper_cost,
+)
 from tether.router.experts import find_experts
 from tether.router.shaper import RoutingShaper
 from tether.router.state import StateReader
@@ -163,6 +170,26 @@ def test_normalised_costs_have_mean_one_under_the_cap_and_no_scale(values, scale
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")]])
 def test_no_normalised_cost_without_a_positive_finite_mean(values):
     assert normalise_cost(torch.tensor(values)) is None
+
+
+def test_tempered_costs_are_geometric_means_with_the_load():
+    cost, load = torch.tensor([2.0, 0.5, 0.0, 1.5]), torch.tensor([0.5, 0.5, 0.9, 0.1])
+    root = [(c * f) ** 0.5 for c, f in zip(cost.tolist(), load.tolist(), strict=True)]
+    expected = torch.tensor(root) / (sum(root) / 4)
+    assert_close(temper_cost(cost, load), expected)
+    # Neither's level counts.
+    assert_close(temper_cost(1e-6 * cost, 8 * load), expected)
+    assert float(temper_cost(torch.tensor([8.0, 0.0, 0.0]), load[:3], cap=1.5).max()) == 1.5
+    assert_close(temper_cost(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])), torch.zeros(2))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_tempered_costs_are_level_at_one_over_the_root_of_the_energy_a_token(power):
+    # A cost is load times energy a token; what is level is not pushed.
+    energy = torch.tensor([1.0, 4.0, 16.0])
+    load = energy**-power
+    level = normalise_cost(load * energy) if power == 1.0 else temper_cost(load * energy, load)
+    assert_close(level, torch.ones(3))
 
 
 def test_shuffling_keeps_the_costs(generator):

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import tiny_moe
 from tether.router import RoutingShaper
 
-FORMS = ("tax", "prior", "switch", "bias")
+FORMS = ("tax", "balance", "prior", "switch", "bias")
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})

@@ -11,9 +11,10 @@ import tiny_moe
 from tether.errors import ConfigError, ShapeError
 from tether.router import RoutingShaper
 from tether.router.attach import find_sites
+from tether.router.cost import temper_cost
 from tether.router.experts import Experts
 from tether.router.options import FORMS
-from tether.router.shaping import route_probability, tax
+from tether.router.shaping import expert_load, route_probability, tax
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -84,7 +85,7 @@ def test_loss_is_the_tax_on_the_models_own_logits(moe):
     optimizer = adam(moe)
     mask = torch.ones(4, 12, dtype=torch.int64)
     mask[1, 7:] = mask[3, :5] = 0
-    with RoutingShaper(moe, optimizer, lam=0.02) as shaper:
+    with RoutingShaper(moe, optimizer, form="tax", lam=0.02) as shaper:
         tiny_moe.train(moe, shaper, optimizer, steps=1)
         ids = tiny_moe.tokens(seed=9)
         output = moe(input_ids=ids, output_router_logits=True, attention_mask=mask)
@@ -94,6 +95,24 @@ def test_loss_is_the_tax_on_the_models_own_logits(moe):
         tax(route_probability(z)[kept].mean(0), cost)
         for z, cost in zip(output.router_logits, costs.values(), strict=True)
     ]
+    assert_close(found, 0.02 * torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_balance_is_the_tax_tempered_by_the_load_of_the_batch(top_k):
+    moe = tiny_moe.build("qwen3_moe", num_experts_per_tok=top_k)
+    optimizer = adam(moe)
+    kept = torch.arange(48) % 12 < 9
+    with RoutingShaper(moe, optimizer, form="balance", lam=0.02) as shaper:
+        tiny_moe.train(moe, shaper, optimizer, steps=1)
+        output = moe(input_ids=tiny_moe.tokens(seed=9), output_router_logits=True)
+        found, costs = shaper.loss(kept), shaper.costs()
+    expected = []
+    for z, cost in zip(output.router_logits, costs.values(), strict=True):
+        mean = route_probability(z)[kept].mean(0)
+        # Where every token uses every expert, the probabilities are the load.
+        load = expert_load(z[kept].topk(top_k).indices, 8) if top_k < 8 else mean.detach()
+        expected.append(tax(mean, temper_cost(cost, load)))
     assert_close(found, 0.02 * torch.stack(expected).mean())
 
 
@@ -251,12 +270,13 @@ def test_loss_needs_a_forward_pass_with_gradients(moe):
         ({"lam": float("nan")}, "lam=nan"),
         ({"lam": float("inf")}, "lam=inf"),
         ({"every": 0}, "every=0"),
-        ({"form": "fars"}, "expected one of tax"),
+        ({"form": "fars"}, "expected one of balance"),
         ({"cost": "auto"}, "expected one of information"),
         ({"cap": 1.0}, "cap=1.0"),
         ({"rate": -1.0}, "rate=-1.0"),
-        ({"cost": "uniform"}, "without a gradient"),
+        ({"form": "tax", "cost": "uniform"}, "without a gradient"),
         ({"form": "prior", "cost": "paper-log"}, "is negative"),
+        ({"form": "balance", "cost": "paper-log"}, "is negative"),
     ],
 )
 def test_bad_options_are_refused(moe, options, message):

@@ -145,7 +145,8 @@ def test_shaping_keeps_all_experts_alive_where_half_start_starved(folders, tmp_p
     dead, losses = {}, {}
     for name, options in {
         "none": {"form": "none"},
-        "tax": {"lam": 0.05},
+        "balance": {"form": "balance", "lam": 0.05},
+        "tax": {"form": "tax", "lam": 0.05},
         "prior": {"form": "prior", "lam": 0.05},
     }.items():
         model = load(out)
@@ -154,8 +155,9 @@ def test_shaping_keeps_all_experts_alive_where_half_start_starved(folders, tmp_p
         record = train_routers(model, texts, fit)
         assert record["before"]["mean"]["dead"] >= 3
         dead[name], losses[name] = record["after"]["mean"]["dead"], record["curve"][-1]
-    assert dead["none"] >= 3
+    assert dead["none"] >= 4
     assert dead["prior"] == 0
+    assert dead["balance"] <= 1
     assert dead["tax"] <= 1.5
     assert losses["prior"] < losses["none"] + 0.05
 

@@ -125,9 +125,13 @@ def fuse(
         str | None, typer.Option(help="symmetric (the default), linear, geodesic or rootkl.")
     ] = None,
     gate: Annotated[
-        bool | None,
-        typer.Option("--gate/--no-gate", help="Let each delta act only on its own domain (the default)."),
+        str | None,
+        typer.Option(
+            help="one-class (the default): each delta acts where its own gate is open; softmax: open gates "
+            "share a context by how likely each domain is."
+        ),
     ] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Let every delta act everywhere.")] = False,
     leash: Annotated[
         float | None,
         typer.Option(help="Largest drift of any context when the model runs, nats; 0 takes a leash off."),
@@ -148,25 +152,30 @@ def fuse(
     """Superpose deltas into one checkpoint that AutoModelForCausalLM loads, or change such a checkpoint."""
     quiet_libraries()
     from tether.cauchy.charts import CHARTS
+    from tether.causal.gates import GATES
     from tether.delta.adapter import is_adapter
     from tether.delta.fusion import check_free
 
     check_free(out)
     if chart is not None and chart not in CHARTS:
         raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
+    if gate is not None and (gate not in GATES or no_gate):
+        beside = " with --no-gate" if no_gate else ""
+        raise ConfigError(f"--gate {gate}{beside}: expected one of {', '.join(GATES)}, or --no-gate")
     paths = dict(map(_weighted, deltas or []))
     if any(map(is_adapter, paths)):
-        beyond = {"remove": remove, "budget": budget, "text": text}
+        beyond = {"remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax"}
         if asked := [f"--{name}" for name, value in beyond.items() if value]:
             raise ConfigError(f"{', '.join(asked)} with adapters: expected deltas; leave it out")
         fuse_adapters(
-            model, paths, out, chart=chart or "symmetric", gate=gate is not False, leash=leash or None,
+            model, paths, out, chart=chart or "symmetric", gate=not no_gate, leash=leash or None,
             leash_metric=leash_metric, as_json=as_json,
         )  # fmt: skip
         return
     fuse_domains(
-        model, paths, out, chart=chart, gate=gate, leash=leash, leash_metric=leash_metric, remove=remove or [],
-        budget=budget, budget_metric=budget_metric, text=text, as_json=as_json,
+        model, paths, out, chart=chart, gated=False if no_gate else (True if gate else None), gate=gate, leash=leash,
+        leash_metric=leash_metric, remove=remove or [], budget=budget, budget_metric=budget_metric, text=text,
+        as_json=as_json,
     )  # fmt: skip
 
 
@@ -229,7 +238,11 @@ def certify(
 
 def _allowed(row: dict[str, Any]) -> str:
     allowed, measured = row["bound"]["mean_allowed"], row["latent_drift"]["mean"]
-    return f"allowed {allowed:.4g}, ratio {measured / allowed if allowed > 0 else 0:.3f}"
+    said = f"allowed {allowed:.4g}, ratio {measured / allowed if allowed > 0 else 0:.3f}"
+    planned = row.get("budgets")
+    return said + (
+        f"; budgets alone allow {planned['allowed']:.4g}, ratio {planned['ratio']:.3f}" if planned else ""
+    )
 
 
 def _with_continuations(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,8 @@ def _lines(figures: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{pair}: {nats:+.5g} together" for pair, nats in figures["interactions"].items()]
     lines.append(f"all: {_ratio(figures['total'])}; softmax KL {figures['softmax_kl']:.5g} measured")
+    if figures["budgets"] is not None:
+        lines.append(f"  from the budgets alone: {_ratio(figures['budgets'])}")
     lines += [f"  in {chart}: {_ratio(row)}" for chart, row in figures["charts"].items()]
     if figures["leash"] is not None:
         lines.append(
@@ -75,7 +77,8 @@ def fuse_domains(
     out: Path,
     *,
     chart: str | None,
-    gate: bool | None,
+    gated: bool | None,
+    gate: str | None,
     leash: float | None,
     leash_metric: str,
     remove: Sequence[str],
@@ -133,7 +136,7 @@ def fuse_domains(
         )
     fused = fuse(
         base, kept | added, chart=chart or before.get("chart", "symmetric"),
-        gated=before.get("gated", True) if gate is None else gate, gate=before.get("gate", "one-class"),
+        gated=before.get("gated", True) if gated is None else gated, gate=gate or before.get("gate", "one-class"),
         allowance=allowance,
         leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
     )  # fmt: skip
@@ -145,7 +148,8 @@ def fuse_domains(
     )
     described: dict[str, Any] = fused.config.fusion
     parts = " + ".join(f"{w:g} {n}" for n, w in zip(described["domains"], described["weights"], strict=True))
-    said = f"{out}: {parts}, chart {described['chart']}, {'gated' if described['gated'] else 'ungated'}"
+    said = f"{out}: {parts}, chart {described['chart']}, "
+    said += f"{described['gate']} gates" if described["gated"] else "ungated"
     if held:
         said += f", leash {held['nats']:g} nats ({held['metric']})"
     if drift is not None and allowance is not None:

@@ -1,16 +1,11 @@
-"""Certificates: how far a fused model has moved from its base, in figures that anyone can recompute."""
+"""Certify how far a fused model has moved from its base, in figures that anyone can recompute, and verify."""
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tether.delta.continuations import (
@@ -22,145 +17,20 @@ from tether.delta.continuations import (
     text_windows,
 )
 from tether.delta.measure import Variant, measure
+from tether.delta.planned import budget_figures
+from tether.delta.record import CLAIMS, SCHEMA_VERSION, Certificate, Settings, read
 from tether.delta.summary import summarise
 from tether.delta.windows import read_documents, text_hash, window_text
-from tether.errors import CertificateError, CheckpointError, ConfigError
+from tether.errors import CertificateError, CheckpointError
 from tether.store.manifest import versions
-from tether.store.publish import write_json
 from tether.store.reader import sha256_file
 
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
 
-SCHEMA_VERSION = 2
-"""2: token law, leash and continuations among the figures; certificates of 1 are checked without them."""
-ADDED = ("token_law", "leash_pulled")
+ADDED = {1: ("token_law", "leash_pulled", "budgets"), 2: ("budgets",)}
+"""Figures that certificates of older schemas do not have."""
 TOLERANCE = 2e-3
 """Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
-
-CLAIMS = (
-    "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
-    "where a confidence is given.",
-    "documents.at_most: with the stated confidence over the draw of documents, at least the stated share of "
-    "documents drawn like these has a mean at or below it (order statistic, no distribution assumed).",
-    "bound: latent drift of the fusion never exceeds the bound of its chart, given each delta's own drift in the "
-    "same context, nor a leash in that metric; violations counts the contexts where it did.",
-    "token_law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
-    "context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its own at each "
-    "position the KL of a text's law at most the expected sum over texts that the base writes; this does not hold "
-    "for softmax sampling, whose measured KL is softmax_kl.",
-    "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
-    "1); leash_pulled is the share of contexts here that it held back.",
-    "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
-    "at temperature 1 with the seed stated, after the first tokens of documents.",
-)
-
-
-class Certificate(BaseModel):
-    """A measured drift with everything needed to measure it again.
-
-    Attributes:
-        schema_version: of this layout.
-        versions: of what computed it.
-        model: path, base fingerprint and sha256 of every file of the fused checkpoint.
-        fusion: chart, weights, gates and domains, as the checkpoint says.
-        settings: window, tokens, documents, confidence, quantile.
-        texts: for each text its path, sha256 and document hash.
-        figures: for each text what `summarise` gives.
-        claims: what the figures mean.
-        seal: sha256 over all of the above; shows accidental or careless edits, not forgery, which
-            recomputing shows.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int = Field(ge=1, le=SCHEMA_VERSION)
-    versions: dict[str, str]
-    model: dict[str, Any]
-    fusion: dict[str, Any]
-    settings: dict[str, Any]
-    texts: dict[str, dict[str, Any]]
-    figures: dict[str, dict[str, Any]]
-    claims: tuple[str, ...]
-    seal: str = ""
-
-    def sealed(self) -> "Certificate":
-        """Put the seal on.
-
-        Returns:
-            The certificate with its seal.
-        """
-        return self.model_copy(update={"seal": self.digest()})
-
-    def digest(self) -> str:
-        """Hash everything but the seal.
-
-        Returns:
-            64 hexadecimal digits.
-        """
-        content = self.model_dump(mode="json", exclude={"seal"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-    def save(self, path: str | Path) -> Path:
-        """Write the certificate; paths inside it become relative to its folder.
-
-        Args:
-            path: the JSON file.
-
-        Returns:
-            The path.
-
-        Raises:
-            CertificateError: the model or a text was given from memory, so nobody could check it again.
-        """
-        path = Path(path).absolute()
-        loose = [name for name, text in self.texts.items() if text["path"] is None]
-        if self.model["path"] is None or loose:
-            raise CertificateError(
-                f"model path {self.model['path']}, texts from memory {loose}: a certificate refers to files; write "
-                "the model with save_checkpoint and the texts as JSON lines, and certify those"
-            )
-        content = self.model_dump()
-        for entry in [content["model"], *content["texts"].values()]:
-            entry["path"] = Path(os.path.relpath(entry["path"], path.parent)).as_posix()
-        write_json(path, Certificate(**content).sealed().model_dump(mode="json"))
-        return path
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How texts are measured; part of the certificate.
-
-    Attributes:
-        window: tokens a context.
-        tokens: stop a text after this many tokens, or None.
-        per_document: windows taken of one document, or None.
-        quantile: share of documents that the certified bound covers.
-        confidence: of the certified bound and of intervals.
-        continuations: texts that the fused model writes itself and is measured on, for each text; 0 for none.
-        continuation_tokens: how many tokens it writes.
-        seed: of the noise it writes with.
-    """
-
-    window: int = 256
-    tokens: int | None = None
-    per_document: int | None = None
-    quantile: float = 0.95
-    confidence: float = 0.95
-    continuations: int = 0
-    continuation_tokens: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.quantile < 1 and 0 < self.confidence < 1 and self.window >= 2):
-            raise ConfigError(
-                f"window={self.window}, quantile={self.quantile}, confidence={self.confidence}: expected a window of "
-                "at least 2 tokens, and shares between 0 and 1"
-            )
-        if self.continuations < 0 or self.continuation_tokens < 1:
-            raise ConfigError(
-                f"continuations={self.continuations} of {self.continuation_tokens} tokens: expected 0 or more texts of "
-                "at least 1 token"
-            )
 
 
 def certify(
@@ -236,7 +106,7 @@ def compose(
         fusion=fused.config.fusion,
         settings={name: getattr(chosen, name) for name in Settings.__dataclass_fields__},
         texts=listed,
-        figures=figures,
+        figures={name: _budgeted(fused, row) for name, row in figures.items()},
         claims=CLAIMS,
     ).sealed()
 
@@ -270,6 +140,10 @@ def _figures(
     return figures | {"continuations": own | {"prompt": PROMPT, "ids": ids.tolist()}}
 
 
+def _budgeted(fused: Any, row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"budgets": budget_figures(fused.config.fusion, row["latent_drift"]["mean"])}
+
+
 def _variant(fused: Any) -> Variant:
     fusion = fused.fusion
     leash = fusion.leash or (None, "softmax")
@@ -288,32 +162,6 @@ def _describe_model(fused: Any) -> dict[str, Any]:
         "base_fingerprint": fused.config.base_fingerprint,
         "files": files,
     }
-
-
-def read(path: str | Path) -> Certificate:
-    """Read a certificate.
-
-    Args:
-        path: the JSON file.
-
-    Returns:
-        The certificate, its seal unchecked.
-
-    Raises:
-        CertificateError: it is missing, not JSON, of a newer schema, or has wrong fields.
-    """
-    path = Path(path)
-    try:
-        return Certificate.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CertificateError(
-            f"{path}: no such file; expected a certificate written by 'tether certify'"
-        ) from error
-    except (OSError, ValueError) as error:
-        details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise CertificateError(
-            f"{path}: not a certificate of schema {SCHEMA_VERSION} or below ({details}); certify again"
-        ) from error
 
 
 def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | None = None) -> list[str]:
@@ -376,9 +224,9 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
             )
             if wrong:
                 continue
-        again = _figures(fused, tokenizer, documents, chosen, on_step, ids)
-        if certificate.schema_version == 1:
-            again = {key: value for key, value in again.items() if key not in ADDED}
+        again = _budgeted(fused, _figures(fused, tokenizer, documents, chosen, on_step, ids))
+        unknown = ADDED.get(certificate.schema_version, ())
+        again = {key: value for key, value in again.items() if key not in unknown}
         wrong += _differences(stated, again, f"{name}")
     return wrong
 

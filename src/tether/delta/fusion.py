@@ -124,7 +124,9 @@ def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[st
         "weights": [float(weight) for weight in deltas.values()],
         "location_only": all(delta.first is None for delta in deltas),
         "layers": sorted({layer for delta in deltas for layer in delta.layers}),
-        "budgets": [{key: delta.record.get(key) for key in ("metric", "budget")} for delta in deltas],
+        "budgets": [
+            {key: delta.record.get(key) for key in ("metric", "budget", "latent_base")} for delta in deltas
+        ],
     }
     if gates:
         described |= describe_gates(gates)

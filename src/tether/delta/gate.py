@@ -1,5 +1,6 @@
 """Fit a one-class gate to a domain's own cached states: no base text, no other domain."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_stage, window_mean
 from tether.delta.cache import BATCH, StateCache
+from tether.delta.source import spread
 from tether.errors import ConfigError
 
 __all__ = ["WINDOW", "Gate", "describe_gates", "fit_gate", "put_gate", "take_gate"]
@@ -19,12 +21,24 @@ QUANTILE = 0.95
 STRAY = 0.02
 """Share of what the base writes of itself that a gate may take for its own at the start of a text, beyond the
 share that it takes once its window is full."""
+CONTEXTS = 32_768
+"""Contexts of a stage that its statistics are taken from, spread over the text."""
+LEAST = 0.85
+"""Share of a domain's own contexts with full windows that a gate accepts whatever the base writes."""
+ROUNDING = 1e-5
+"""Relative rounding of the squares that a distance is the difference of."""
+EMPTY = 1e-9
+"""Share of the largest variance below which a direction counts as empty."""
 CLOSED = -1.0
 """A threshold that no squared distance is under."""
 EARLY = 8
 """Without a background: tokens of a text before a gate may open (docs/log.md)."""
 NARROWEST = 1e-3
-"""Least variance outside the principal directions: states are kept in half precision."""
+"""Least variance in any direction: states are kept in half precision."""
+FOLDS = 4
+"""Parts that documents are dealt to; distances of one are measured by statistics of the others."""
+SHARES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
+"""How far a covariance may be drawn towards one variance."""
 
 
 class Gate(NamedTuple):
@@ -54,13 +68,16 @@ def fit_gate(
 ) -> Gate:
     """Learn what a domain's windows look like, from the first token of a text on.
 
-    Each stage of a window (1, 2, 3-4, 5-8, ... tokens, full) has statistics of its own. Center and directions
-    come from three quarters of the documents; the accepted distance is the given quantile on the last
-    quarter, so that it is not flattered by the fit.
+    Each stage of a window (1, 2, 3-4, 5-8, ... tokens, full) has statistics of its own. A few documents say
+    little about hundreds of directions, so their covariance is drawn towards one variance for all, as far as
+    makes documents left out of the fit likeliest. The accepted distance is the given quantile, with one
+    document more counted beyond it, of the distances that contexts have under statistics fitted without their
+    own documents; the gate's own statistics are those of all documents.
 
     The means of few tokens are alike in many domains. So at the stages before the last, a gate opens only as
-    far as it leaves what the base writes of itself alone: see `tether.delta.background` and `STRAY`. What it
-    takes of that at the last stage, where its own quantile alone decides, is taken for the domain's own kind.
+    far as it leaves what the base writes of itself alone: see `tether.delta.background` and `STRAY`. At the last
+    stage it gives up own contexts for that only down to the share `LEAST`; what it takes even so is taken for
+    the domain's own kind, and may be taken at the other stages too.
 
     Args:
         cache: states of the domain's text.
@@ -76,35 +93,42 @@ def fit_gate(
 
     Raises:
         ConfigError: fewer than 4 documents or windows, or a quantile outside (0, 1).
+
+    Reference:
+        Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance matrices, eq. 2,
+        with the weight chosen by left-out likelihood; Vovk et al. 2005, Algorithmic Learning in a Random
+        World (the document counted beyond the quantile).
     """
     if not 0 < quantile < 1:
         raise ConfigError(f"quantile={quantile}: expected a share between 0 and 1")
-    mean, count, held_out = _means(cache, window)
+    mean, count, group = _means(cache, window)
+    documents = int(group.max()) + 1
+    level = min(1.0, quantile * (1 + 1 / documents))
     stages = int(gate_stage(torch.tensor([max(window - 1.0, 1.0)]), window + 1, 64)) + 2 if window > 1 else 1
     stage = gate_stage(count, window, stages)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    sizes = [int((~held_out & (stage == number)).sum()) for number in range(stages)]
+    limits, least = torch.full((stages,), CLOSED), CLOSED
+    known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for number in range(stages):
+        here = (stage == number).nonzero().squeeze(-1)
+        here = here[spread(len(here), CONTEXTS)]
+        fold = group[here] % FOLDS
+        if len(fold.unique()) > 1 and len(fold) - int(fold.bincount().max()) > 2:
+            known[number], own = _fit_stage(mean[here], fold, min(rank, mean.shape[1]))
+            limits[number] = own.kthvalue(math.ceil(level * len(own))).values
+            least = float(own.kthvalue(math.ceil(min(quantile, LEAST) * len(own))).values)
     # A stage that the text does not reach takes the statistics of the nearest later one, or of the last it has.
-    known = [number for number in range(stages) if sizes[number] > 2]
-    for number in range(stages):
-        source = next((k for k in known if k >= number), known[-1])
-        parts.append(_gaussian(mean[~held_out & (stage == source)], min(rank, mean.shape[1])))
-    fitted = [torch.stack(values) for values in zip(*parts, strict=True)]
-
-    def distance(means: Tensor, counts: Tensor) -> Tensor:
-        return gate_distance(means, counts, window, *(values.unsqueeze(0) for values in fitted))[0]
-
-    own, own_stage = distance(mean[held_out], count[held_out]), stage[held_out]
-    limits = torch.full((stages,), CLOSED)
-    for number in range(stages):
-        if bool((own_stage == number).any()):
-            limits[number] = own[own_stage == number].quantile(quantile)
+    sources = (next((k for k in known if k >= number), max(known)) for number in range(stages))
+    fitted = [torch.stack(values) for values in zip(*(known[k] for k in sources), strict=True)]
     if background is not None:
         mask = torch.ones(background.shape[:2], dtype=torch.bool)
         strange, seen, _ = window_mean(background, mask, window)
-        other, other_stage = distance(strange, seen).flatten(), gate_stage(seen, window, stages).flatten()
-        full = other[other_stage == stages - 1]
-        taken = float((full <= limits[-1]).float().mean()) if len(full) else 0.0
+        statistics = (values.unsqueeze(0) for values in fitted)
+        other = gate_distance(strange, seen, window, *statistics)[0].flatten()
+        other_stage = gate_stage(seen, window, stages).flatten()
+        full, taken = other[other_stage == stages - 1], 0.0
+        if len(full) and stages - 1 in known:
+            limits[-1] = limits[-1].clamp(max=float(full.quantile(STRAY))).clamp(min=least)
+            taken = float((full <= limits[-1]).float().mean())
         for number in range(stages - 1):
             near = other[other_stage == number]
             if len(near):
@@ -112,6 +136,8 @@ def fit_gate(
                     near.sort().values[int((taken + STRAY) * len(near))] if taken + STRAY < 1 else near.max()
                 )
                 limits[number] = torch.minimum(limits[number], allowed)
+    # A gate's distances are differences of squares in single precision; text that always begins alike has none.
+    limits += torch.where(limits < 0, 0, ROUNDING * fitted[2] * fitted[0].square().sum(-1))
     of_count = gate_stage(torch.arange(1.0, window + 1), window, stages)
     threshold = limits[of_count]
     if background is None:
@@ -119,19 +145,18 @@ def fit_gate(
     return Gate(fitted[0], fitted[1], threshold, fitted[2])
 
 
-# Window means at every token, how many tokens each holds, and whether its document is held out.
+# Window means at every token, how many tokens each holds, and its document.
 def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
     windows = cache.windows
     first = windows.starts[:-1]
     groups = torch.unique(windows.documents[first], return_inverse=True)[1]
-    if int(groups.max()) + 1 < 4:
+    if int(groups.max()) + 1 < FOLDS:
         # A text in one document still has windows; they then play the documents' part.
         groups = torch.arange(len(first))
-    if len(groups) < 4:
+    if len(groups) < FOLDS:
         raise ConfigError(
-            f"{len(groups)} windows: a gate needs at least 4 windows of domain text; give more text or no gate"
+            f"{len(groups)} windows: a gate needs at least {FOLDS} windows of domain text; give more text or no gate"
         )
-    held_out = groups % 4 == 3
     means, counts, rows = [], [], []
     width = cache.states.shape[1] // (1 + len(cache.layers))
     for batch in windows.batches(BATCH):
@@ -141,20 +166,66 @@ def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
         means.append(mean[batch.mask])
         counts.append(count[batch.mask])
         rows.append(batch.rows.unsqueeze(-1).expand_as(batch.mask)[batch.mask])
-    return torch.cat(means), torch.cat(counts), held_out[torch.cat(rows)]
+    return torch.cat(means), torch.cat(counts), groups[torch.cat(rows)]
 
 
-# Mean, whitened principal directions (rank rows, zeros where there are fewer), precision outside.
-def _gaussian(samples: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    center = samples.double().mean(0)
-    variance, direction = torch.linalg.eigh(torch.cov((samples - center).T))
-    kept = min(rank, len(samples) - 1)
-    outside = variance[:-kept]
-    scale = variance[-kept:].clamp(min=NARROWEST).sqrt()
+class _Spread(NamedTuple):
+    """Mean and covariance of some samples: `variance` along `direction`, one mean variance `outside` of them."""
+
+    center: Tensor  # (H,)
+    direction: Tensor  # (r, H)
+    variance: Tensor  # (r,)
+    outside: Tensor  # ()
+
+    def shrunk(self, share: float) -> "_Spread":
+        size, kept = len(self.center), len(self.variance)
+        level = (self.variance.sum() + (size - kept) * self.outside) / size
+        drawn = ((1 - share) * v + share * level for v in (self.variance, self.outside))
+        return self._replace(
+            **dict(zip(("variance", "outside"), (v.clamp(min=NARROWEST) for v in drawn), strict=True))
+        )
+
+    def distance(self, samples: Tensor) -> Tensor:
+        away = samples.double() - self.center
+        squares = (away @ self.direction.T).square()
+        rest = (away.square().sum(-1) - squares.sum(-1)).clamp(min=0)
+        return squares @ (1 / self.variance) + rest / self.outside
+
+    def log_det(self) -> Tensor:
+        return self.variance.log().sum() + (len(self.center) - len(self.variance)) * self.outside.log()
+
+
+# Statistics of one stage (center, whitening, precision), and each sample's distance without its own fold.
+def _fit_stage(samples: Tensor, fold: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    total: Tensor = torch.zeros(len(SHARES), dtype=torch.float64)
+    distances = torch.zeros(len(SHARES), len(samples), dtype=torch.float64)
+    for number in fold.unique().tolist():
+        out = fold == number
+        spread = _spread(samples[~out], rank)
+        for row, share in enumerate(SHARES):
+            drawn = spread.shrunk(share)
+            distances[row, out] = drawn.distance(samples[out])
+            total[row] -= (distances[row, out] + drawn.log_det()).sum()
+    best = int(total.argmax())
+    fitted = _spread(samples, rank).shrunk(SHARES[best])
     whitening = torch.zeros(rank, samples.shape[1])
-    whitening[:kept] = (direction[:, -kept:] / scale).T.float()
-    rest = 1 / outside.mean().clamp(min=NARROWEST).float() if len(outside) else torch.zeros(())
-    return center.float(), whitening, rest
+    whitening[: len(fitted.variance)] = (fitted.direction / fitted.variance.sqrt().unsqueeze(-1)).float()
+    return (fitted.center.float(), whitening, (1 / fitted.outside).float()), distances[best].float()
+
+
+def _spread(samples: Tensor, rank: int) -> _Spread:
+    count, size = samples.shape
+    center = samples.double().mean(0)
+    away = samples.double() - center
+    # The smaller of the two products has the same variances.
+    gram = away @ away.T if count < size else away.T @ away
+    value, vector = torch.linalg.eigh(gram / max(count - 1, 1))
+    # Directions without variance are noise: not even orthogonal when they come from the smaller product.
+    kept = min(rank, count - 1, size, max(1, int((value > EMPTY * value[-1]).sum())))
+    variance, vector = value[-kept:].clamp(min=0), vector[:, -kept:]
+    direction = torch.nn.functional.normalize(vector.T @ away, dim=-1) if count < size else vector.T
+    outside = (value.sum() - variance.sum()).clamp(min=0) / max(size - kept, 1)
+    return _Spread(center, direction, variance, outside)
 
 
 def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:

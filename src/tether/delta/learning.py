@@ -102,6 +102,8 @@ def fit_delta(
     if fit.budget.value is not None:
         head, met = _meet(head, source, anchor, fit, needs)
         record |= met
+    # What a plan of a fusion needs, whatever the budget is in: `tether.delta.planned`.
+    record["latent_base"] = float(needs.drift("latent", head, anchor.probe.some(fit.probe)).mean())
     few = source.some(fit.probe // 6)
     record["drift_domain"] = {metric: float(needs.drift(metric, head, few).mean()) for metric in METRICS}
     gate = fit_gate(domain, background=anchor.background) if fit.gate else None

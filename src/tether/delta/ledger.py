@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +14,14 @@ from tether.causal.fused import Fusion
 from tether.causal.leash import METRICS
 from tether.delta.cache import hidden_states
 from tether.delta.measure import Variant, measure
+from tether.delta.planned import budget_figures
+from tether.delta.shares import shares
 from tether.delta.windows import Windows, read_documents, window_text
 from tether.errors import CertificateError, ConfigError
 from tether.theory.bounds import K_INF, fused_drift_bound
 
-__all__ = ["Allowance", "check_allowance", "keep_ledger", "room", "shares"]
+__all__ = ["Allowance", "check_allowance", "keep_ledger", "room"]
 
-NODES = 24
-"""Points of the quadrature along the way from base to fusion."""
 ROWS = 64
 """Contexts whose deltas are held at once."""
 
@@ -37,65 +36,6 @@ class Allowance(NamedTuple):
 
     nats: float
     metric: str
-
-
-def shares(first: Tensor, second: Tensor, weights: Tensor, chart: str) -> tuple[Tensor, Tensor]:
-    """Divide the drift of a fusion among its deltas.
-
-    A delta's share is what its own coordinates contribute while all weights grow together from 0 to theirs:
-    integral over t from 0 to 1 of a_k dD/da_k (t a). The shares add up to the drift (Aumann and Shapley); in
-    `rootkl` they are the rows of a^T M a. A share can be negative: such a delta takes drift back.
-
-    Cost: linear in the number of deltas; the integral is taken over the fused coordinates alone.
-
-    Args:
-        first: first coordinates of the deltas in the chart, shape (N, n, C).
-        second: second coordinates, shape (N, n, C).
-        weights: weights, shape (N, n).
-        chart: the chart.
-
-    Returns:
-        Shares, nats, shape (N, n), and the drift of the fusion, shape (n,).
-
-    Reference:
-        Aumann and Shapley 1974, Values of Non-Atomic Games.
-    """
-    scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
-    total = [part.sum(0) for part in scaled]
-    nats = drift(*from_chart(total[0], total[1], chart))
-    if chart in ("geodesic", "rootkl"):
-        # Drift is a function of the length of the coordinates alone.
-        square = total[0].square() + total[1].square()
-        slopes = [torch.where(square > 0, part * nats / square.clamp(min=1e-300), 0) for part in total]
-    else:
-        slopes = _mean_slopes(total[0], total[1], chart)
-    parts = scaled[0] * slopes[0] + scaled[1] * slopes[1]
-    along = total[0] * slopes[0] + total[1] * slopes[1]
-    # What the quadrature misses is spread in proportion, so that the shares add up exactly.
-    exact = torch.where(along > 0, nats / along.clamp(min=1e-300), 0)
-    return (parts * exact).sum(-1), nats.sum(-1)
-
-
-def _mean_slopes(first: Tensor, second: Tensor, chart: str) -> list[Tensor]:
-    """Return the gradient of the drift by both coordinates, averaged over the way from the base."""
-    node, weight = (
-        part.to(first) / 2 for part in map(torch.as_tensor, np.polynomial.legendre.leggauss(NODES))
-    )
-    node = node + 0.5
-    means = [torch.zeros_like(first), torch.zeros_like(second)]
-    for place, share in zip(node, weight, strict=True):
-        # A drift of thousands of nats is gained in the first hundredth of the way: t = place^4.
-        t, density = place**4, 4 * place**3 * share
-        half = t * first / 2
-        # D = 2 log cosh(x/2) + log(1 + q), q = (w / (2 cosh(x/2)))^2; in `linear`, w = y e^{-x/2}.
-        narrow = torch.exp(-half) if chart == "linear" else 1.0
-        scale = narrow / torch.cosh(half.clamp(-300, 300)) / 2
-        root = t * second * scale
-        rest = 1 / (1 + root.square())
-        by_first = half.tanh() - root.square() if chart == "linear" else half.tanh()
-        means[0] += density * by_first * rest
-        means[1] += density * 2 * root * scale * rest
-    return means
 
 
 def room(nats: float, allowed: float, chart: str) -> float:
@@ -148,6 +88,7 @@ def keep_ledger(
           `share` (they add up to the fusion's drift), `removal` (by how much its removal lowers the drift);
         - `interactions`: for each pair what both together drift beyond the sum of each alone;
         - `total`: `allowed` (the a-priori bound), `measured`, `ratio`, and `leashed`, what is left on a leash;
+        - `budgets`: the same from the budgets alone, see `tether.delta.planned`, or None;
         - `charts`: allowed, measured and ratio, had the deltas been added in that chart, without a leash;
         - `softmax_kl`: measured KL(base || fused) of the softmax;
         - `allowance`: what the fusion was given, or None; `room`: what another delta may drift (latent) within
@@ -196,6 +137,7 @@ def keep_ledger(
             for b in range(a + 1, len(names))
         },
         "total": {**_ratio(mean["allowed"], total), "leashed": measured["latent"]},
+        "budgets": budget_figures({**described, "leash": None}, total),
         "charts": {
             chart: _ratio(mean["allowed_in"][row], mean["total_in"][row]) for row, chart in enumerate(CHARTS)
         },

@@ -8,7 +8,7 @@ import torch
 
 from tether.delta.windows import read_documents, window_text
 from tether.errors import CheckpointError, ConfigError
-from tether.merge.alignment import align_units, record, write_maps
+from tether.merge.alignment import Activations, align_units, record, write_maps
 from tether.merge.axes import Sizes
 from tether.merge.check import load_checkpoint, load_tokenizer
 from tether.merge.companions import differing_tokens, locate, read_folder
@@ -58,16 +58,26 @@ def align_checkpoints(
     windows = window_text(
         documents, load_tokenizer(folders[0].weights), length=_WINDOW, tokens=tokens, name=str(text)
     )
-    whole = windows.starts.diff() == _WINDOW
-    input_ids = windows.input_ids[windows.starts[:-1][whole].unsqueeze(-1) + torch.arange(_WINDOW)]
+    # Windows of one length go side by side, so that documents shorter than a window count too.
+    spans = windows.starts.diff()
+    groups = [
+        windows.input_ids[windows.starts[:-1][spans == length].unsqueeze(-1) + torch.arange(length)]
+        for length in spans.unique().tolist()
+    ]
     seen = []
     for number, folder in enumerate(folders):
-        seen.append(record(load_checkpoint(folder.weights), input_ids))
+        model = load_checkpoint(folder.weights)
+        seen.append(_joined([record(model, group) for group in groups]))
         if on_step:
             on_step({"done": number + 1.0, "total": 2.0})
     found = align_units(seen[0], seen[1], lengths[0], lengths[1])
     write_maps(out, found.maps)
-    return {"similarity": found.similarity, "unmatched": found.unmatched, "tokens": input_ids.numel()}
+    return {"similarity": found.similarity, "unmatched": found.unmatched, "tokens": len(windows.input_ids)}
+
+
+def _joined(parts: list[Activations]) -> Activations:
+    spaces = (zip(*layers, strict=True) for layers in zip(*parts, strict=True))
+    return Activations(*([torch.cat(layer) for layer in layers] for layers in spaces))
 
 
 def _sizes(model: Opened) -> Sizes:

@@ -88,7 +88,8 @@ def sample_paths(
 
     A path has ``len_k ~ U[shortest, longest]`` tokens, or fewer where the model ends its text first. The
     prompt is read once a sample and its keys and values are repeated for the paths; finished paths leave
-    the batch. Noise and lengths of a path depend on its place and the seed only, not on the batch.
+    the batch. Noise and lengths of a path depend on its place and the seed only, not on the batch. Tokens that
+    stand for images are never drawn.
 
     Args:
         model: a causal LM or a vision-language wrapper around one, in evaluation mode.
@@ -150,6 +151,13 @@ def _stop_tokens(model: Any) -> Tensor:
     return torch.tensor([] if ids is None else ids, dtype=torch.int64).reshape(-1)
 
 
+# Tokens that stand for pictures: a path with one of them could not be read without a picture for it.
+def _placeholders(model: Any, vocabulary: int) -> Tensor:
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = {i for name in names if isinstance(i := getattr(model.config, name, None), int)}
+    return torch.tensor(sorted(i for i in ids if 0 <= i < vocabulary), dtype=torch.int64)
+
+
 # Fills the bank's rows in place.
 def _continue(model: Any, bank: PathBank, samples: Tensor, noise: Tensor, top_p: float) -> None:
     device = model.device
@@ -175,9 +183,10 @@ def _continue(model: Any, bank: PathBank, samples: Tensor, noise: Tensor, top_p:
     path = torch.arange(paths).repeat(len(samples))
     log_prob = torch.log_softmax(output.logits[:, -1].float(), dim=-1).cpu().repeat_interleave(paths, 0)
     mask = mask.repeat_interleave(paths, 0)
-    stops = _stop_tokens(model)
+    stops, barred = _stop_tokens(model), _placeholders(model, log_prob.shape[-1])
     for step in range(longest):
-        token = nucleus_sample(log_prob, noise[sample, path, step], top_p)
+        allowed = log_prob.index_fill(-1, barred, -torch.inf)
+        token = nucleus_sample(allowed, noise[sample, path, step], top_p)
         bank.tokens[sample, path, step] = token
         bank.log_prob[sample, path, step] = log_prob.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         ended = torch.isin(token, stops) | (bank.lengths[sample, path] <= step + 1)

@@ -22,6 +22,7 @@ __all__ = [
     "normalise_cost",
     "shuffle_cost",
     "step_snr",
+    "temper_cost",
 ]
 
 COSTS = {
@@ -150,6 +151,38 @@ def normalise_cost(cost: Float[Tensor, " experts"], cap: float = CAP) -> Float[T
     if not bool(torch.isfinite(mean)) or float(mean) <= 0:
         return None
     return (cost.double() / mean).clamp(max=cap).float()
+
+
+def temper_cost(
+    cost: Float[Tensor, " experts"], load: Float[Tensor, " experts"], cap: float = CAP
+) -> Float[Tensor, " experts"]:
+    r"""Temper costs by the load of this batch.
+
+    .. math:: \tilde c_e \propto \sqrt{\hat c_e f_e}, \quad \operatorname{mean}_j \tilde c_j = 1, \quad
+        \tilde c_e \le \mathrm{cap}
+
+    A cost is load times gradient energy a token, known from the last steps only. Taxed by itself it is level where
+    the load goes as one over that energy, and being late it makes the load swing. Half of the logarithm from the
+    load as it is now halves both: the load settles at one over the root of the energy a token, which is how samples
+    are best allotted to strata that cost unequally.
+
+    Args:
+        cost: up to a factor, shape (E,), >= 0.
+        load: of each expert in this batch, up to a factor, shape (E,), >= 0.
+        cap: largest value, > 1.
+
+    Returns:
+        Shape (E,); zeros where no expert has both.
+
+    Reference:
+        Neyman 1934 for allocation to strata; the use here is this project's own.
+
+    Example:
+        >>> temper_cost(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 1.0]))
+        tensor([1.3333, 0.6667])
+    """
+    root = (cost * load.to(cost)).clamp(min=0).sqrt()
+    return (root / root.mean().clamp(min=torch.finfo(root.dtype).tiny)).clamp(max=cap)
 
 
 def shuffle_cost(cost: Float[Tensor, " experts"], generator: torch.Generator) -> Float[Tensor, " experts"]:

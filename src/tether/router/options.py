@@ -10,6 +10,7 @@ from tether.router.cost import COSTS
 __all__ = ["COSTLY", "FORMS", "STRONG", "check_options", "inner_optimizer"]
 
 FORMS = {
+    "balance": "lam * sum p sqrt(c f): the tax with costs tempered by the load of the batch",
     "tax": "lam * sum p c: mean probability times normalised cost",
     "prior": "lam * KL(p || q), q towards cheap experts; with cost='uniform' plain balancing by entropy",
     "goodness": "lam * entropy of logits plus goodness; experimental: an entropy minimiser",
@@ -19,10 +20,10 @@ FORMS = {
     "z": "lam * squared log-sum-exp of the logits",
     "none": "nothing: measure only",
 }
-COSTLY = ("tax", "prior", "goodness")
+COSTLY = ("balance", "tax", "prior", "goodness")
 """Forms that need to know what experts cost."""
 STRONG = 0.05
-"""A tax from here on tends to undo specialisation."""
+"""A tax or balance from here on tends to undo specialisation."""
 
 
 def check_options(form: str, cost: str, lam: float, every: int, z: float, rate: float, cap: float) -> None:
@@ -53,9 +54,9 @@ def check_options(form: str, cost: str, lam: float, every: int, z: float, rate: 
         raise ConfigError(
             "form='tax' with cost='uniform' is the constant lam, without a gradient; use form='prior' with it"
         )
-    if form == "prior" and cost == "paper-log":
+    if form in {"balance", "prior"} and cost == "paper-log":
         raise ConfigError(
-            "form='prior' takes costs >= 0, 'paper-log' is negative; use form='tax' to study it"
+            f"form={form!r} takes costs >= 0, 'paper-log' is negative; use form='tax' to study it"
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tether.errors import ConfigError
 from tether.router.attach import Routes
+from tether.router.cost import temper_cost
 from tether.router.options import COSTLY
 from tether.router.shaping import (
     masked_mean,
@@ -62,6 +63,7 @@ def shaping_terms(
     logits: Sequence[Tensor],
     mask: Tensor | None,
     task_loss: Tensor | None,
+    cap: float,
 ) -> list[Tensor]:
     """Evaluate a form at every layer, before its strength.
 
@@ -71,6 +73,7 @@ def shaping_terms(
         logits: of each layer, shape (n, E).
         mask: which tokens count, shape (n,), or None.
         task_loss: of the pass, for `goodness`.
+        cap: of tempered costs, for `balance`.
 
     Returns:
         Scalars on the graph; 0 where there is no cost yet.
@@ -82,7 +85,7 @@ def shaping_terms(
     pairs = list(zip(watches, logits, strict=True))
     means = global_means([masked_mean(route_probability(z, w.site.gate), mask) for w, z in pairs], tokens)
     loads: list[Tensor] = []
-    if form in {"switch", "bias"}:
+    if form in {"balance", "switch", "bias"}:
         loads = global_means([w.count_load(mask).to(z.device) for w, z in pairs], tokens)
     gradients = _importance(watches, task_loss) if form == "goodness" else []
     terms = []
@@ -100,6 +103,10 @@ def shaping_terms(
             cost = watch.cost.to(values.device)
             if form == "tax":
                 term = tax(means[i], cost)
+            elif form == "balance":
+                # Where every token uses every expert, only the probabilities say who works.
+                load = means[i].detach() if watch.site.top_k == watch.site.count else loads[i]
+                term = tax(means[i], temper_cost(cost, load, cap))
             elif form == "prior":
                 term = prior_divergence(means[i], cost)
             else:

@@ -33,7 +33,7 @@ class RouterFit:
         seed: of the order of windows.
     """
 
-    form: str = "tax"
+    form: str = "balance"
     cost: str = "information"
     lam: float = 0.01
     every: int = 10

@@ -1,0 +1,238 @@
+"""Merging two vision-language models with different vision towers on the language tower they share.
+
+Three seeds of everything: parent, both fine-tunes, pictures, paths. The recipe that is shipped is the one
+that runs; the other operators have their options tuned on pictures of a validation split.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText
+
+from benchmarks.lape_scenes import (
+    QUESTIONS,
+    Scenes,
+    accuracy,
+    drift,
+    open_eye,
+    parent,
+    reader,
+    tune,
+    with_eye,
+)
+from tether.merge.observation import observe
+from tether.merge.plan import make_plan
+from tether.merge.probes import encode_probes, load_reader, read_probes
+from tether.merge.recipe import Model, Recipe, read_recipe
+from tether.merge.run import merge
+from tether.stats import standard_error
+
+__all__ = ["rows"]
+
+logger = logging.getLogger(__name__)
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "vision-language-regression.yaml"
+OWN = {"digits": ("digit",), "colours": ("colour", "place")}
+"""Tasks of each model."""
+KINDS = {"digits": "clip", "colours": "siglip"}
+SHARES = {"digits": {"digit": 0.8, "colour": 0.1, "place": 0.1}, "colours": {"colour": 0.5, "place": 0.5}}
+"""What each model is asked in training."""
+RATES = {"digits": (6e-4, 5e-4), "colours": (6e-4, 5e-4)}
+PROBES = 48
+"""Pictures of each task on which the regression mean observes; they are training pictures."""
+
+Options = tuple[str, dict[str, Any], dict[str, Any]]
+BASELINES: dict[str, list[Options]] = {
+    "average": [("linear", {}, {})],
+    "task arithmetic": [("task_arithmetic", {"lambda": x}, {}) for x in (0.5, 0.7, 0.85, 1.0)],
+    "TIES": [("ties/mergekit", {"lambda": x}, {"density": d}) for d in (0.2, 0.5) for x in (0.7, 1.0, 1.3)],
+    "DARE-TIES": [("dare_ties", {"lambda": x}, {"density": d}) for d in (0.5, 0.8) for x in (0.7, 1.0)],
+}
+Figures = dict[str, Any]
+
+
+def rows(*, fast: bool) -> list[dict[str, Any]]:
+    """Train, merge and measure.
+
+    Args:
+        fast: one seed and a twentieth of the steps.
+
+    Returns:
+        Rows of case, metric, ours, baseline, ratio, runs: means over seeds; `runs` has the seeds. The baseline
+        of the merges is the best of the tuned ones of each seed, that of a task the model trained on it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        steps = (20, 20, 8) if fast else (500, 600, 120)
+        found = [trial(seed, *steps) for seed in ((0,) if fast else (0, 1, 2))]
+    finally:
+        torch.set_num_threads(threads)
+    return _as_rows(found)
+
+
+def trial(seed: int, parent_steps: int, eye_steps: int, steps: int) -> dict[str, Figures]:
+    """Run one seed.
+
+    Args:
+        seed: of everything.
+        parent_steps: of the language model.
+        eye_steps: of each vision tower alone.
+        steps: of each vision-language model.
+
+    Returns:
+        Model or merge to its figures: every question through both towers, `own`, the mean over tasks with the
+        tower that was trained on them.
+    """
+    start = time.process_time()
+    order = np.random.default_rng(seed).permutation(1797)
+    train = Scenes.drawn(np.concatenate([order[600:]] * 2), seed)
+    validation, test = Scenes.drawn(order[:200], seed + 10), Scenes.drawn(order[200:600], seed + 20)
+    language = parent(seed, parent_steps)
+    with tempfile.TemporaryDirectory() as place, chdir(place):
+        language.save_pretrained("runs/parent")
+        reader("clip").tokenizer.save_pretrained("runs/parent")
+        models, moved = {}, {}
+        for number, (name, kind) in enumerate(KINDS.items()):
+            model = open_eye(with_eye(language, kind, seed + number), train, steps=eye_steps, seed=seed)
+            tune(model, train, SHARES[name], steps=steps, rates=RATES[name], seed=seed + number)
+            model.save_pretrained(f"runs/{name}")
+            reader(kind).save_pretrained(f"runs/{name}")
+            models[name], moved[name] = model, drift(language, model)
+        logger.info("seed %d: trained in %.0f CPU s, drift %s", seed, time.process_time() - start, moved)
+        figures: dict[str, Figures] = {"drift": {name: list(pair) for name, pair in moved.items()}}
+        for name, model in models.items():
+            figures["language of " + name] = _figures(_lent(models, dict.fromkeys(KINDS, model)), test)
+        figures["language of the parent"] = _figures(_lent(models, dict.fromkeys(KINDS, language)), test)
+        figures["each its own"] = _figures(models, test)
+        _observe(train)
+        recipe = read_recipe(RECIPE)
+        figures["regression mean"] = _figures(_merged(recipe), test)
+        for name, grid in BASELINES.items():
+            tried = [_plain(recipe, *options) for options in grid]
+            scores = (
+                [_figures(_merged(each), validation)["own"] for each in tried] if len(grid) > 1 else [1.0]
+            )
+            best = int(np.argmax(scores))
+            figures[name] = _figures(_merged(tried[best]), test) | {"options": list(grid[best][1:])}
+    own = {name: round(each["own"], 3) for name, each in figures.items() if "own" in each}
+    logger.info("seed %d: %.0f CPU s, %s", seed, time.process_time() - start, own)
+    return figures
+
+
+def _observe(train: Scenes) -> None:
+    count = PROBES * len(QUESTIONS)
+    train.save(Path("runs/pictures"), count)
+    asked = [question for question in QUESTIONS.values() for _ in range(PROBES)]
+    lines = [{"text": text, "image": f"pictures/{number:03d}.png"} for number, text in enumerate(asked)]
+    Path("runs/probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    probes = read_probes("runs/probes.jsonl")
+    for name in KINDS:
+        loaded, tokenizer, processor = load_reader(f"runs/{name}", images=True)
+        observe(
+            loaded, encode_probes(probes, tokenizer, processor=processor), f"runs/grams/{name}", shortest=1
+        )
+
+
+def _plain(recipe: Recipe, operator: str, options: dict[str, Any], settings: dict[str, Any]) -> Recipe:
+    models = {name: Model(path=each.path, **settings) for name, each in recipe.models.items()}
+    base = None if operator == "linear" else Model(path="runs/parent")
+    return recipe.model_copy(
+        update={"operator": operator, "options": options, "models": models, "base": base}
+    )
+
+
+# The merge into each of the two models, as plain transformers loads it.
+def _merged(recipe: Recipe) -> dict[str, Any]:
+    found = {}
+    for name in KINDS:
+        target = Path("runs") / f"merged-{name}"
+        merge(make_plan(recipe.model_copy(update={"into": name})), target, threads=1)
+        found[name] = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32).eval()
+        shutil.rmtree(target)
+    return found
+
+
+# The mean over own tasks of one merge, its language tower lent to both models.
+def _own(models: dict[str, Any], recipe: Recipe, scenes: Scenes) -> float:
+    target = Path("runs/tried")
+    merge(make_plan(recipe), target, threads=1)
+    merged = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32)
+    shutil.rmtree(target)
+    lent = _lent(models, dict.fromkeys(KINDS, merged))
+    return float(
+        np.mean([np.mean([accuracy(lent[name], scenes, q) for q in asks]) for name, asks in OWN.items()])
+    )
+
+
+# Both models' towers on other language models.
+def _lent(models: dict[str, Any], languages: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, model in models.items():
+        kind = KINDS[name]
+        lent = with_eye(_language(languages[name]), kind, 0)
+        eyes = {k: v for k, v in model.state_dict().items() if "vision_tower" in k or "projector" in k}
+        lent.load_state_dict(eyes, strict=False)
+        found[name] = lent.eval()
+    return found
+
+
+def _language(model: Any) -> Any:
+    return _Language(model) if hasattr(model.model, "language_model") else model
+
+
+class _Language:
+    """A vision-language model seen as the language model inside it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.lm_head = model.model.language_model, model.lm_head
+
+
+def _figures(models: dict[str, Any], scenes: Scenes) -> Figures:
+    found: Figures = {
+        f"{name}: {asked}": accuracy(model, scenes, asked)
+        for name, model in models.items()
+        for asked in QUESTIONS
+    }
+    own = [np.mean([found[f"{name}: {asked}"] for asked in asks]) for name, asks in OWN.items()]
+    return found | {"own": float(np.mean(own)), "all": float(np.mean(list(found.values())))}
+
+
+def _as_rows(trials: list[dict[str, Figures]]) -> list[dict[str, Any]]:
+    rows_ = []
+    ceiling = trials[0]["each its own"].keys()
+    for name in [each for each in trials[0] if each != "drift"]:
+        for metric in ceiling:
+            runs = [trial_[name][metric] for trial_ in trials]
+            against = [trial_["each its own"][metric] for trial_ in trials]
+            rows_.append(_row(f"{name}; baseline: each model its own", metric, runs, against))
+        if "options" in trials[0][name]:
+            rows_[-1]["options"] = [trial_[name]["options"] for trial_ in trials]
+    ours = [trial_["regression mean"]["own"] for trial_ in trials]
+    best = [max(trial_[name]["own"] for name in BASELINES) for trial_ in trials]
+    gap = np.subtract(ours, best)
+    error = standard_error(gap) if len(gap) > 1 else None
+    rows_.append(
+        _row("regression mean; baseline: the best tuned one of each seed", "own", ours, best)
+        | {"difference": [float(gap.mean()), error]}
+    )
+    for name in KINDS:
+        kl, loss = zip(*[trial_["drift"][name] for trial_ in trials], strict=True)
+        rows_.append(_row(f"{name}; text NLL", "KL from the parent, nats", list(kl), list(loss)))
+    return rows_
+
+
+def _row(case: str, metric: str, ours: list[float], baseline: list[float]) -> dict[str, Any]:
+    mine, theirs = float(np.mean(ours)), float(np.mean(baseline))
+    return {
+        "case": case, "metric": metric, "ours": mine, "baseline": theirs, "ratio": mine / theirs if theirs else None,
+        "runs": ours,
+    }  # fmt: skip

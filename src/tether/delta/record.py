@@ -1,0 +1,171 @@
+"""The certificate as a document: its fields, its seal, how it is written and read."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tether.errors import CertificateError, ConfigError
+from tether.store.publish import write_json
+
+__all__ = ["CLAIMS", "SCHEMA_VERSION", "Certificate", "Settings", "read"]
+
+SCHEMA_VERSION = 3
+"""2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without."""
+
+CLAIMS = (
+    "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
+    "where a confidence is given.",
+    "documents.at_most: with the stated confidence over the draw of documents, at least the stated share of "
+    "documents drawn like these has a mean at or below it (order statistic, no distribution assumed).",
+    "bound: latent drift of the fusion never exceeds the bound of its chart, given each delta's own drift in the "
+    "same context, nor a leash in that metric; violations counts the contexts where it did.",
+    "budgets: the mean latent drift that the deltas' own mean drifts on their base text allow their fusion, on text "
+    "where each alone drifts no further in the mean ('tether theory plan'); on a domain's own text it is no promise.",
+    "token_law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
+    "context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its own at each "
+    "position the KL of a text's law at most the expected sum over texts that the base writes; this does not hold "
+    "for softmax sampling, whose measured KL is softmax_kl.",
+    "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
+    "1); leash_pulled is the share of contexts here that it held back.",
+    "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
+    "at temperature 1 with the seed stated, after the first tokens of documents.",
+)
+
+
+class Certificate(BaseModel):
+    """A measured drift with everything needed to measure it again.
+
+    Attributes:
+        schema_version: of this layout.
+        versions: of what computed it.
+        model: path, base fingerprint and sha256 of every file of the fused checkpoint.
+        fusion: chart, weights, gates and domains, as the checkpoint says.
+        settings: window, tokens, documents, confidence, quantile.
+        texts: for each text its path, sha256 and document hash.
+        figures: for each text what `summarise` gives.
+        claims: what the figures mean.
+        seal: sha256 over all of the above; shows accidental or careless edits, not forgery, which
+            recomputing shows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = Field(ge=1, le=SCHEMA_VERSION)
+    versions: dict[str, str]
+    model: dict[str, Any]
+    fusion: dict[str, Any]
+    settings: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+    figures: dict[str, dict[str, Any]]
+    claims: tuple[str, ...]
+    seal: str = ""
+
+    def sealed(self) -> "Certificate":
+        """Put the seal on.
+
+        Returns:
+            The certificate with its seal.
+        """
+        return self.model_copy(update={"seal": self.digest()})
+
+    def digest(self) -> str:
+        """Hash everything but the seal.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        content = self.model_dump(mode="json", exclude={"seal"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the certificate; paths inside it become relative to its folder.
+
+        Args:
+            path: the JSON file.
+
+        Returns:
+            The path.
+
+        Raises:
+            CertificateError: the model or a text was given from memory, so nobody could check it again.
+        """
+        path = Path(path).absolute()
+        loose = [name for name, text in self.texts.items() if text["path"] is None]
+        if self.model["path"] is None or loose:
+            raise CertificateError(
+                f"model path {self.model['path']}, texts from memory {loose}: a certificate refers to files; write "
+                "the model with save_checkpoint and the texts as JSON lines, and certify those"
+            )
+        content = self.model_dump()
+        for entry in [content["model"], *content["texts"].values()]:
+            entry["path"] = Path(os.path.relpath(entry["path"], path.parent)).as_posix()
+        write_json(path, Certificate(**content).sealed().model_dump(mode="json"))
+        return path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How texts are measured; part of the certificate.
+
+    Attributes:
+        window: tokens a context.
+        tokens: stop a text after this many tokens, or None.
+        per_document: windows taken of one document, or None.
+        quantile: share of documents that the certified bound covers.
+        confidence: of the certified bound and of intervals.
+        continuations: texts that the fused model writes itself and is measured on, for each text; 0 for none.
+        continuation_tokens: how many tokens it writes.
+        seed: of the noise it writes with.
+    """
+
+    window: int = 256
+    tokens: int | None = None
+    per_document: int | None = None
+    quantile: float = 0.95
+    confidence: float = 0.95
+    continuations: int = 0
+    continuation_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.quantile < 1 and 0 < self.confidence < 1 and self.window >= 2):
+            raise ConfigError(
+                f"window={self.window}, quantile={self.quantile}, confidence={self.confidence}: expected a window of "
+                "at least 2 tokens, and shares between 0 and 1"
+            )
+        if self.continuations < 0 or self.continuation_tokens < 1:
+            raise ConfigError(
+                f"continuations={self.continuations} of {self.continuation_tokens} tokens: expected 0 or more texts of "
+                "at least 1 token"
+            )
+
+
+def read(path: str | Path) -> Certificate:
+    """Read a certificate.
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        The certificate, its seal unchecked.
+
+    Raises:
+        CertificateError: it is missing, not JSON, of a newer schema, or has wrong fields.
+    """
+    path = Path(path)
+    try:
+        return Certificate.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CertificateError(
+            f"{path}: no such file; expected a certificate written by 'tether certify'"
+        ) from error
+    except (OSError, ValueError) as error:
+        details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise CertificateError(
+            f"{path}: not a certificate of schema {SCHEMA_VERSION} or below ({details}); certify again"
+        ) from error
