@@ -272,10 +272,10 @@ def _batches(
 
 
 def main() -> None:
-    """Draw how one regression run is routed with the balance by direction 2."""
+    """Draw how one regression run is routed with the tax of direction 2."""
     path = Path(sys.argv[1])
     with publish_file(path) as target:
-        target.write_bytes(routing_png(_trained(ARMS["direction 2, balance"], 200, 1200, False)[1], TASKS))
+        target.write_bytes(routing_png(_trained(ARMS["direction 2"], 200, 1200, False)[1], TASKS))
 
 
 if __name__ == "__main__":

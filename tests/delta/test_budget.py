@@ -37,6 +37,35 @@ def test_it_fails_closed_where_no_factor_fits():
     assert jump.drift == 0.1
 
 
+@pytest.mark.parametrize("budget", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("start", [1e-7, 1e-4, 1.0])
+def test_a_drift_that_grows_with_the_logarithm_is_met_far_below_the_fit(budget, start):
+    # Cauchy drift of moves that are thousands of scales long, of very different sizes: its power is 0.1 at 1, 2 below.
+    sizes = torch.logspace(0, 4, 576, dtype=torch.float64)
+
+    def drift(factor):
+        return float(torch.log1p((factor * sizes).square() / 4).sum())
+
+    met = meet_budget(drift, budget, start=start, power=0.1, ceiling=1e6, tries=40)
+    assert 0.95 * budget <= met.drift <= budget
+    assert met.evaluations <= 20
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+@pytest.mark.parametrize("start", [1.0, 1e-3])
+def test_a_drift_that_is_no_number_is_over_the_budget(broken, start):
+    def drift(factor):
+        return 0.1 * factor**2 if factor < 0.5 else broken
+
+    # 0.02 is reached at 0.447; 0.1 would be reached at 1, where nothing can be measured.
+    met = meet_budget(drift, 0.02, start=start, tries=20, ceiling=1e6 if start < 1 else 1.25)
+    assert 0.95 * 0.02 <= met.drift <= 0.02
+    closed = meet_budget(drift, 0.1, start=start, tries=20)
+    assert closed.drift == pytest.approx(drift(closed.scale))
+    assert 0 < closed.scale < 0.5
+    assert meet_budget(lambda factor: broken, 0.1, start=start) == (0.0, 0.0, 8)
+
+
 @pytest.fixture
 def case(generator):
     states = torch.randn(50, 5, generator=generator, dtype=torch.float64)

@@ -270,7 +270,7 @@ def test_loss_needs_a_forward_pass_with_gradients(moe):
         ({"lam": float("nan")}, "lam=nan"),
         ({"lam": float("inf")}, "lam=inf"),
         ({"every": 0}, "every=0"),
-        ({"form": "fars"}, "expected one of balance"),
+        ({"form": "fars"}, "expected one of tax"),
         ({"cost": "auto"}, "expected one of information"),
         ({"cap": 1.0}, "cap=1.0"),
         ({"rate": -1.0}, "rate=-1.0"),

@@ -155,16 +155,28 @@ def meet_budget(
     before: tuple[float, float] | None = None
     for attempt in range(1, tries + 1):
         found = mean_drift(factor)
-        if found > value:
+        if not found <= value:  # what is not a number is over any budget
             high = min(high, factor)
         elif factor >= low:
             low, low_drift = factor, found
         if 0.95 * value <= found <= value or low == ceiling:
             return Met(factor, found, attempt)
-        if before is not None and min(found, before[1]) > 0 and found != before[1]:
+        usable = math.isfinite(found) and factor > 0
+        if (
+            usable
+            and before is not None
+            and min(found, before[1]) > 0
+            and found != before[1]
+            and factor != before[0]
+        ):
             power = math.log(found / before[1]) / math.log(factor / before[0])
-        before = (factor, found)
-        guess = factor * (AIM * value / found) ** (1 / min(max(power, 0.5), 4.0)) if found > 0 else ceiling
-        guess = min(guess, ceiling)
-        factor = guess if low < guess < high else (low + min(high, ceiling)) / 2
+        if usable:
+            before = (factor, found)
+        guess = ceiling
+        if found > 0:
+            guess = min(factor * (AIM * value / found) ** (1 / min(max(power, 0.5), 4.0)), ceiling)
+        middle = (low + min(high, ceiling)) / 2
+        if 0 < low < 0.01 * min(high, ceiling):  # ends that are orders of magnitude apart
+            middle = math.sqrt(low * min(high, ceiling))
+        factor = guess if low < guess < high else middle
     return Met(low, low_drift, tries)

@@ -149,9 +149,14 @@ def _meet(head: Head, source: Source, anchor: Anchor, fit: Fit, needs: _Needs) -
     value = budget.value or 0.0
     third = probe.some(max(1, min(fit.probe, len(probe.states)) // 3))
     rough = drift(metric, 1.0, third) * full / max(drift(inner, 1.0, third), 1e-30)
-    start = (AIM * value / rough) ** (1 / power) if rough > 0 else 1.0
+    start = (AIM * value / rough) ** (1 / max(power, 0.5)) if rough > 0 else 1.0
     met = meet_budget(
-        lambda factor: drift(metric, factor, probe), value, start=start, power=power, ceiling=budget.stretch
+        lambda factor: drift(metric, factor, probe),
+        value,
+        start=start,
+        power=power,
+        ceiling=budget.stretch,
+        tries=40 if metric == "latent" else 8,
     )
     figures = {"factor": met.scale, "drift_base": met.drift, "drift_tokens": len(probe.states)}
     return head.scaled(met.scale), figures

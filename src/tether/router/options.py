@@ -10,8 +10,8 @@ from tether.router.cost import COSTS
 __all__ = ["COSTLY", "FORMS", "STRONG", "check_options", "inner_optimizer"]
 
 FORMS = {
-    "balance": "lam * sum p sqrt(c f): the tax with costs tempered by the load of the batch",
     "tax": "lam * sum p c: mean probability times normalised cost",
+    "balance": "lam * sum p sqrt(c f): the tax with costs tempered by the load of the batch",
     "prior": "lam * KL(p || q), q towards cheap experts; with cost='uniform' plain balancing by entropy",
     "goodness": "lam * entropy of logits plus goodness; experimental: an entropy minimiser",
     "entropy": "the same with goodness 0, its control",
@@ -20,7 +20,7 @@ FORMS = {
     "z": "lam * squared log-sum-exp of the logits",
     "none": "nothing: measure only",
 }
-COSTLY = ("balance", "tax", "prior", "goodness")
+COSTLY = ("tax", "balance", "prior", "goodness")
 """Forms that need to know what experts cost."""
 STRONG = 0.05
 """A tax or balance from here on tends to undo specialisation."""

@@ -33,7 +33,7 @@ class RouterFit:
         seed: of the order of windows.
     """
 
-    form: str = "balance"
+    form: str = "tax"
     cost: str = "information"
     lam: float = 0.01
     every: int = 10
