@@ -38,6 +38,8 @@ class Table:
     def __init__(self, results: dict[str, Any], seeds: int) -> None:
         self.results, self.seeds = results, seeds
         self.cells: dict[str, dict[str, Any]] = results["cells"]
+        every = [self.cells[f"{TEXTS[0]}-{seed}"] for seed in range(seeds)]
+        self.arms = list(dict.fromkeys(arm for cells in every for arm in cells))
 
     def figure(self, text: str, arm: str, figure: str) -> float:
         """Mean over seeds.
@@ -60,7 +62,7 @@ class Table:
         Yields:
             NLL of each domain with its own, change of the other domains, KL on base texts, costs.
         """
-        names = [arm for arm in self.cells[f"{TEXTS[0]}-0"] if ":" in arm]
+        names = [arm for arm in self.arms if ":" in arm]
         for arm in dict.fromkeys(arm.partition(":")[0] for arm in names):
             base = {name: self.figure(name, "base", "nll") for name in DOMAINS}
             own = {name: self.figure(name, f"{arm}:{name}", "nll") for name in DOMAINS}
@@ -129,7 +131,7 @@ class Table:
         Yields:
             NLL of each domain, NLL and KL on base texts.
         """
-        for arm in self.cells[f"{TEXTS[0]}-0"]:
+        for arm in self.arms:
             if ":" in arm:
                 continue
             line: dict[str, Any] = {"arm": arm}
@@ -170,7 +172,7 @@ class Table:
         means, draws = [], []
         for name in DOMAINS:
             cells = [self.cells[f"{name}-{seed}"] for seed in range(self.seeds)]
-            cells = [cell for cell in cells if f"{other}:{name}" in cell]
+            cells = [cell for cell in cells if {f"{arm}:{name}", f"{other}:{name}"} <= cell.keys()]
             mine, theirs = (
                 np.mean([cell[f"{a}:{name}"]["nll"] for cell in cells], axis=0) for a in (arm, other)
             )
