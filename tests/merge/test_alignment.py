@@ -244,6 +244,32 @@ def test_regression_mean_solves_each_linear_layer(tmp_path):
         torch.testing.assert_close(torch.from_numpy(merged[name]).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_regression_mean_scales_its_change_from_a_parent(tmp_path):
+    tensors = {"base": decoder(), "a": tuned(decoder(), 1), "b": tuned(decoder(), 2)}
+    models = {}
+    for seed, (name, each) in enumerate(tensors.items()):
+        save(tmp_path / name, each, LLAMA)
+        if name != "base":
+            grams(tmp_path / f"grams-{name}", each, seed)
+            models[name] = {"path": str(tmp_path / name), "grams": str(tmp_path / f"grams-{name}")}
+    merged = {}
+    for scale in (1.0, 1.3):
+        made = plan(
+            tmp_path,
+            operator="regression_mean",
+            models=models,
+            base={"path": str(tmp_path / "base")},
+            options={"lambda": scale},
+        )
+        merge(made, tmp_path / f"out{scale}", threads=1)
+        merged[scale] = load_file(tmp_path / f"out{scale}" / "model.safetensors")
+    for name, parent in tensors["base"].items():
+        expected = parent + 1.3 * (merged[1.0][name].astype(np.float64) - parent)
+        np.testing.assert_allclose(merged[1.3][name], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="give it as base"):
+        plan(tmp_path, operator="regression_mean", models=models, options={"lambda": 1.3})
+
+
 def test_threads_of_a_merge_change_no_byte_of_a_regression_mean(tmp_path):
     models = {}
     for seed, name in enumerate("ab"):

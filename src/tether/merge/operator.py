@@ -133,6 +133,7 @@ class Operator:
         options: schema of the recipe's ``options``.
         settings: schema of what a model has beside its path.
         base: whether it needs the parent.
+        may_base: whether it reads the parent where the recipe has one, without needing it.
         most_models: how many models it can take; None for any number.
         scaled: whether ``options.lambda`` scales the whole change from the parent.
         whole: whether it reads tensors whole; the plan then counts them as memory.
@@ -145,6 +146,7 @@ class Operator:
     options: type[BaseModel]
     settings: type[BaseModel]
     base: bool
+    may_base: bool = False
     fewest_models: int = 1
     most_models: int | None = None
     scaled: bool = False

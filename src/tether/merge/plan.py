@@ -168,6 +168,11 @@ def _operator(recipe: Recipe) -> Operator:
         )
     if operator.base and recipe.base is None:
         raise ConfigError(f"operator {operator.name} works on differences from a parent; give it as base")
+    if operator.scaled and recipe.base is None and _rescales(recipe):
+        raise ConfigError(
+            f"operator {operator.name}: lambda scales the change from a parent, and the recipe has none; give it as "
+            "base, or leave lambda out"
+        )
     if recipe.check and recipe.check.solve_lambda:
         start = recipe.options.get("lambda", 1.0)
         if not operator.scaled:
@@ -191,6 +196,12 @@ def _operator(recipe: Recipe) -> Operator:
         )
         raise ConfigError(f"operator {operator.name} takes {wanted} models; the recipe has {count}")
     return operator
+
+
+def _rescales(recipe: Recipe) -> bool:
+    solved = recipe.check is not None and recipe.check.solve_lambda
+    given = [recipe.options, *(override.options for override in recipe.overrides)]
+    return solved or any(options.get("lambda", 1.0) != 1.0 for options in given)
 
 
 def _bytes(tensor: TensorPlan) -> int:

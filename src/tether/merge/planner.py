@@ -14,7 +14,7 @@ from tether.merge.inputs import Coordinates, Source
 from tether.merge.maps import source_name
 from tether.merge.opening import COUNTING, Opened, few
 from tether.merge.operator import Extra, Operator, Request
-from tether.merge.recipe import Override, Recipe, validated
+from tether.merge.recipe import BASE, Override, Recipe, validated
 
 __all__ = ["Planner", "Schemas", "TensorPlan"]
 
@@ -95,7 +95,8 @@ class Planner:
         self.recipe, self.operator, self.opened = recipe, operator, opened
         self.coordinates, self.schemas = coordinates, schemas
         self.own = opened[recipe.skeleton]
-        self.needed = [name for name in opened if name in recipe.models or operator.base]
+        self.from_base = operator.base or (operator.may_base and recipe.base is not None)
+        self.needed = [name for name in opened if name in recipe.models or self.from_base]
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.missing: dict[str, list[str]] = {}
@@ -145,7 +146,7 @@ class Planner:
         request = Request(name, canonical, own.shape, options, settings, self._own_names(canonical, found))
         return _replaced(
             plan,
-            base=found.get("base") if self.operator.base else None,
+            base=found.get(BASE) if self.from_base else None,
             models=tuple(found[each] for each in self.recipe.models),
             options=options,
             settings=settings,

@@ -10,6 +10,7 @@ from pydantic import Field
 from tether.errors import CheckpointError
 from tether.merge.axes import layer_of
 from tether.merge.operator import Extra, Floats, Operator, Request, Settings, TensorInputs
+from tether.merge.recipe import BASE
 
 __all__ = ["REGRESSION_MEAN"]
 
@@ -23,6 +24,8 @@ class Options(Settings):
     """Factor on the off-diagonal entries of the Gram matrices."""
     ridge: float = Field(1e-6, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
+    scale: float = Field(1.0, alias="lambda")
+    """Factor on the change from the parent; other than 1 it needs one."""
     head: Literal["lm_head", "embed_tokens"] | None = None
     """What the Gram matrix of the head's inputs is used for: a head of its own, or a tied embedding."""
 
@@ -87,10 +90,11 @@ def regression_mean(inputs: TensorInputs) -> Iterator[Floats]:
 
     .. math:: W = \Big(\sum_i w_i W_i S_i\Big) \Big(\sum_i w_i S_i\Big)^{-1}
 
-    with S the shrunken Gram matrix of a model's own inputs; tensors without one are weighted means.
+    with S the shrunken Gram matrix of a model's own inputs; tensors without one are weighted means. With a
+    parent C the result is ``W_C + lambda (W - W_C)``.
 
     Args:
-        inputs: of one tensor; a parent, if given, is not used.
+        inputs: of one tensor.
 
     Yields:
         Its merged values.
@@ -107,7 +111,7 @@ def regression_mean(inputs: TensorInputs) -> Iterator[Floats]:
             merged = np.zeros_like(block.models[0])
             for values, each in zip(block.models, settings.values(), strict=True):
                 merged += np.float32(each.weight / total) * values
-            yield merged
+            yield _scaled(merged, block.base, inputs.options.scale)
         return
     import torch
 
@@ -118,7 +122,14 @@ def regression_mean(inputs: TensorInputs) -> Iterator[Floats]:
     shares = torch.tensor([each.weight for each in settings.values()])
     options = inputs.options
     fused = solve(weights, grams, shares=shares, shrinkage=options.shrinkage, ridge=options.ridge)
-    yield fused.float().contiguous().numpy().reshape(-1)
+    base = None if options.scale == 1 else inputs.whole(BASE).reshape(-1)
+    yield _scaled(fused.float().contiguous().numpy().reshape(-1), base, options.scale)
+
+
+def _scaled(merged: Floats, base: Floats | None, scale: float) -> Floats:
+    if base is None or scale == 1:
+        return merged
+    return base + np.float32(scale) * (merged - base)
 
 
 REGRESSION_MEAN = Operator(
@@ -128,6 +139,8 @@ REGRESSION_MEAN = Operator(
     options=Options,
     settings=Grams,
     base=False,
+    may_base=True,
+    scaled=True,
     whole=True,
     extras=extras,
 )
