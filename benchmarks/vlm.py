@@ -56,6 +56,8 @@ BASELINES: dict[str, list[Options]] = {
     "TIES": [("ties/mergekit", {"lambda": x}, {"density": d}) for d in (0.2, 0.5) for x in (0.7, 1.0, 1.3)],
     "DARE-TIES": [("dare_ties", {"lambda": x}, {"density": d}) for d in (0.5, 0.8) for x in (0.7, 1.0)],
 }
+OURS = [{"shrinkage": a, "lambda": x} for a in (0.9, 0.98) for x in (1.0, 1.2, 1.5)]
+"""Grid of the regression mean, as long as that of TIES, chosen on the same pictures; the recipe comes first."""
 Figures = dict[str, Any]
 
 
@@ -115,14 +117,19 @@ def trial(seed: int, parent_steps: int, eye_steps: int, steps: int) -> dict[str,
         figures["each its own"] = _figures(models, test)
         _observe(train)
         recipe = read_recipe(RECIPE)
-        figures["regression mean"] = _figures(_merged(recipe), test)
-        for name, grid in BASELINES.items():
-            tried = [_plain(recipe, *options) for options in grid]
+        figures["regression mean, as shipped"] = _figures(_merged(recipe), test)
+        from_parent = recipe.model_copy(update={"base": Model(path="runs/parent")})
+        ours = [from_parent.model_copy(update={"options": recipe.options | each}) for each in OURS]
+        grids = {"regression mean": (ours, OURS)} | {
+            name: ([_plain(recipe, *options) for options in grid], [list(options[1:]) for options in grid])
+            for name, grid in BASELINES.items()
+        }
+        for name, (tried, options) in grids.items():
             scores = (
-                [_figures(_merged(each), validation)["own"] for each in tried] if len(grid) > 1 else [1.0]
+                [_figures(_merged(each), validation)["own"] for each in tried] if len(tried) > 1 else [1.0]
             )
             best = int(np.argmax(scores))
-            figures[name] = _figures(_merged(tried[best]), test) | {"options": list(grid[best][1:])}
+            figures[name] = _figures(_merged(tried[best]), test) | {"options": options[best]}
     own = {name: round(each["own"], 3) for name, each in figures.items() if "own" in each}
     logger.info("seed %d: %.0f CPU s, %s", seed, time.process_time() - start, own)
     return figures
@@ -159,18 +166,6 @@ def _merged(recipe: Recipe) -> dict[str, Any]:
         found[name] = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32).eval()
         shutil.rmtree(target)
     return found
-
-
-# The mean over own tasks of one merge, its language tower lent to both models.
-def _own(models: dict[str, Any], recipe: Recipe, scenes: Scenes) -> float:
-    target = Path("runs/tried")
-    merge(make_plan(recipe), target, threads=1)
-    merged = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32)
-    shutil.rmtree(target)
-    lent = _lent(models, dict.fromkeys(KINDS, merged))
-    return float(
-        np.mean([np.mean([accuracy(lent[name], scenes, q) for q in asks]) for name, asks in OWN.items()])
-    )
 
 
 # Both models' towers on other language models.
