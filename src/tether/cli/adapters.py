@@ -52,7 +52,7 @@ def learn_adapter(
     from tether.delta.budget import Budget
     from tether.delta.fusion import check_free
     from tether.delta.windows import read_documents
-    from tether.store.reader import sha256_file
+    from tether.store.hashing import sha256_file
 
     if kind != "lora":
         raise ConfigError(f"adapter={kind!r}: expected lora")

@@ -22,8 +22,8 @@ from tether.delta.record import CLAIMS, SCHEMA_VERSION, Certificate, Settings, r
 from tether.delta.summary import summarise
 from tether.delta.windows import read_documents, text_hash, window_text
 from tether.errors import CertificateError, CheckpointError
+from tether.store.hashing import sha256_file
 from tether.store.manifest import versions
-from tether.store.reader import sha256_file
 
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
 

@@ -15,9 +15,9 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
 from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
+from tether.store.hashing import sha256_file
 from tether.store.manifest import Input, Manifest, write_manifest
 from tether.store.publish import publish_folder
-from tether.store.reader import sha256_file
 
 __all__ = ["check_free", "fuse", "save_checkpoint", "unfuse"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tether.errors import CheckpointError, ConfigError
+from tether.store.hashing import sha256_file
 from tether.store.publish import publish_file
-from tether.store.reader import sha256_file
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -1,8 +1,8 @@
-"""A lazy view of the tensors of a checkpoint, and the hashes that identify it."""
+"""A lazy view of the tensors of a checkpoint, and the hash that identifies it."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from safetensors import SafetensorError, safe_open
 
 from tether.errors import CheckpointError, ShapeError
+from tether.store.hashing import file_chunks, unreadable
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CheckpointReader", "hash_files", "sha256_file"]
+__all__ = ["CheckpointReader"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_CHUNK = 4 * 1024 * 1024  # bytes read at a time while hashing
 
 
 class _Entry(NamedTuple):
@@ -233,12 +233,12 @@ class CheckpointReader:
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode() + b"\n")
             try:
-                for chunk in _chunks(entry.file, entry.start, entry.stop):
+                for chunk in file_chunks(entry.file, entry.start, entry.stop):
                     digest.update(chunk)
                     if inspect:
                         inspect(name, chunk)
             except OSError as error:
-                raise CheckpointError(_unreadable(entry.file, error)) from error
+                raise CheckpointError(unreadable(entry.file, error)) from error
         return digest.hexdigest()
 
     def _entry(self, name: str) -> _Entry:
@@ -252,52 +252,12 @@ class CheckpointReader:
             ) from None
 
 
-def sha256_file(path: str | PathLike[str]) -> str:
-    """Hash the bytes of a file, a chunk at a time.
-
-    Args:
-        path: A file.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: If it is missing or cannot be read.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(_unreadable(Path(path), error)) from error
-
-
-def hash_files(paths: Iterable[str | PathLike[str]]) -> dict[Path, str]:
-    """Hash several files; say all that are missing before reading any.
-
-    Args:
-        paths: Files, in any order.
-
-    Returns:
-        Each path to the SHA-256 of its bytes, in the order given.
-
-    Raises:
-        CheckpointError: If some are missing or are not files; the message names them all.
-    """
-    files = [Path(path) for path in paths]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"{len(missing)} of {len(files)} files to hash are missing: {', '.join(missing)}. Expected "
-            "existing files. Check the paths."
-        )
-    return {file: sha256_file(file) for file in files}
-
-
 # On opening, safetensors checks that the header is sound and covers the file exactly.
 def _opened(file: Path, framework: str) -> Any:
     try:
         return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(_unreadable(file, error)) from error
+        raise CheckpointError(unreadable(file, error)) from error
 
 
 def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
@@ -325,25 +285,3 @@ def _read_index(file: Path) -> dict[str, str]:
             "JSON with a weight_map from tensor names to file names. Copy or download it again."
         ) from error
     return dict(weight_map)
-
-
-def _chunks(file: Path, start: int, stop: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
-    with file.open("rb") as stream:
-        stream.seek(start)
-        while start < stop:
-            count = stream.readinto(buffer[: stop - start])
-            if not count:
-                raise OSError(f"cut short, {stop - start} bytes are missing")
-            yield buffer[:count]
-            start += count
-
-
-def _unreadable(file: Path, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{file} does not exist; expected a file there. Check the path."
-    return (
-        f"{file} cannot be read ({error}). Expected a complete file, for weights in the safetensors format. "
-        "Check the path and its permissions; if it is the right file, copy or download it again: it is "
-        "damaged."
-    )
