@@ -38,7 +38,7 @@ class FineTune(NamedTuple):
 
     domain: str
     seed: int
-    steps: int = 40
+    steps: int = 80
     rows: int = 2
     rate: float = 4e-4
 

@@ -1,10 +1,6 @@
 """Two processes with gloo take the same steps as one with the same global batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import tiny
+from processes import run_two
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.pairs import Pair
 from tether.causal.training import TrainOptions, train
@@ -46,29 +43,7 @@ def two_process_run(folder):
 
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said = rank.communicate(timeout=120)[1]
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two(SCRIPT.format(tests=str(Path(__file__).parent)), tmp_path, tmp_path)
     both = json.loads((tmp_path / "curve.json").read_text())
     (tmp_path / "alone").mkdir()
     one = two_process_run(tmp_path / "alone")

@@ -7,23 +7,7 @@ import sys
 import pytest
 
 import tiny
-from tether.cli.app import main
 from tether.delta.windows import write_documents
-
-
-@pytest.fixture
-def tether(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`tether export` as a user meets it."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,24 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.cli.app import main
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse, save_checkpoint
-
-
-@pytest.fixture
-def tether(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`tether route` as a user meets it."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,25 +8,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.cli.app import main
 from tether.delta.delta import Delta
 from tether.delta.fusion import save_checkpoint
 from tether.delta.windows import write_documents
-
-
-@pytest.fixture
-def tether(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import tiny
+from processes import run_two
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.cache import cache_states, cached
 from tether.delta.learning import anchor_text, fit_delta
@@ -143,29 +141,7 @@ def test_cached_reads_parts_where_there_are_some(model, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said = rank.communicate(timeout=120)[1]
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two(SCRIPT.format(tests=str(Path(__file__).parent)), tmp_path, tmp_path)
     shares = [int((tmp_path / f"total-{rank}").read_text()) for rank in range(2)]
     windows = text()
     assert sum(shares) == len(windows.input_ids)

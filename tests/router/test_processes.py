@@ -1,10 +1,6 @@
 """Two processes with gloo and FSDP2 read the costs and take the steps that one process takes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 import tiny_moe
+from processes import run_two
 from tether.router import RoutingShaper
 
 FORMS = ("tax", "balance", "prior", "switch", "bias")
@@ -75,30 +72,8 @@ def process(path):
 
 @pytest.mark.slow
 def test_two_processes_with_sharded_experts_are_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script, out = tmp_path / "run.py", tmp_path / "record.json"
-    script.write_text(SCRIPT.format(here=str(Path(__file__).parent)))
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(out)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said = rank.communicate(timeout=500)[1]
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    out = tmp_path / "record.json"
+    run_two(SCRIPT.format(here=str(Path(__file__).parent)), tmp_path, out, timeout=500)
     records = json.loads(out.read_text())
     for form in FORMS:
         both = records[form]
