@@ -1,7 +1,6 @@
 """Leash, ledger, removal and budgets as a user meets them."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 import tiny
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.cli.app import main
 from tether.delta.delta import Delta
 from tether.delta.fusion import save_checkpoint
 from tether.delta.gate import Gate
@@ -17,19 +15,9 @@ from tether.delta.windows import write_documents
 
 
 @pytest.fixture
-def tether(monkeypatch, capsys, work):
-    def run(*arguments):
-        monkeypatch.chdir(work)
-        monkeypatch.setattr(sys, "argv", ["tether", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def tether(tether, monkeypatch, work):
+    monkeypatch.chdir(work)
+    return tether
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,20 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import tiny
 from checkpoints import write_recipe
-from tether.cli.app import main
 from tether.delta.windows import write_documents
 from tether.store.manifest import read_manifest
 
 
 @pytest.fixture
-def tether(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tether", "merge", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def tether(tether):
+    return partial(tether, "merge")
 
 
 @pytest.fixture(scope="module")
