@@ -43,9 +43,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "vision-language-regression.yam
 OWN = {"digits": ("digit",), "colours": ("colour", "place")}
 """Tasks of each model."""
 KINDS = {"digits": "clip", "colours": "siglip"}
-SHARES = {"digits": {"digit": 0.8, "colour": 0.1, "place": 0.1}, "colours": {"colour": 0.5, "place": 0.5}}
+SHARES = {"digits": {"digit": 1.0}, "colours": {"colour": 0.5, "place": 0.5}}
 """What each model is asked in training."""
-RATES = {"digits": (6e-4, 5e-4), "colours": (6e-4, 5e-4)}
+RATES = {"digits": (3e-3, 5e-4), "colours": (3e-3, 5e-4)}
+"""Highest learning rates of the language model and of the rest (docs/log.md says how they were chosen)."""
 PROBES = 48
 """Pictures of each task on which the regression mean observes; they are training pictures."""
 
