@@ -1,4 +1,4 @@
-"""What paths, signatures, clustering and a merge by Gram matrices cost, each beside its baseline."""
+"""What paths, signatures, clustering and a merge by Gram matrices cost, and how phi changes with the longest path."""
 
 import shutil
 import tempfile
@@ -12,7 +12,6 @@ from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.finetune import BASE
-from benchmarks.lape_merge import experiment
 from tether.causal.loading import load_backbone
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
 from tether.merge.encoding import encode
@@ -41,7 +40,7 @@ def rows(*, fast: bool, on_step: Callable[[str], None] = lambda name: None) -> l
     """Measure on one thread, so that CPU seconds count work and not waiting.
 
     Args:
-        fast: a fraction of samples and layers, and no merge experiment.
+        fast: a fraction of samples and layers, and no study of lengths.
         on_step: called between costly parts.
 
     Returns:
@@ -64,7 +63,6 @@ def rows(*, fast: bool, on_step: Callable[[str], None] = lambda name: None) -> l
         if not fast:
             on_step("length study")
             found += lengths(model, tokenizer)
-            found += experiment(on_step=on_step)
     finally:
         torch.set_num_threads(threads)
     return found

@@ -63,8 +63,8 @@ class Fit:
     gate: bool = True
     epochs: int = 2
     full_epochs: int = 0
-    batch: int = 512
-    lr: float = 1e-3
+    batch: int = 128
+    lr: float = 5e-4
     candidates: int = 2048
     sampled: int = 512
     probe: int = 1536
