@@ -73,3 +73,33 @@ def test_bad_input_is_one_message_with_exit_2_and_nothing_written(work, tether, 
     assert message in err
     assert err.count("tether:") == 1
     assert sorted(work.iterdir()) == before
+
+
+def test_a_ledger_accounts_for_adapters(work, tether):
+    for name, text in (("digits", "digits.jsonl"), ("words", "general.jsonl")):
+        code, _, err = tether(
+            "learn", "base", "--text", text, "--base-text", "general.jsonl", "--adapter", "lora",
+            "--out", f"{name}.lora", "--budget", 0.2,
+        )  # fmt: skip
+        assert code == 0, err
+    code, _, err = tether("fuse", "base", "digits.lora", "words.lora=0.5", "--out", "both", "--no-gate")
+    assert code == 0, err
+    code, out, err = tether("ledger", "both", "--text", "general.jsonl", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert list(figures["domains"]) == ["digits", "words"]
+    shares = sum(row["share"] for row in figures["domains"].values())
+    assert shares == pytest.approx(figures["total"]["measured"], rel=1e-4)
+    assert 0 < figures["total"]["measured"] <= figures["total"]["allowed"]
+    # What the removal of one leaves is what the other does alone.
+    one, other = figures["domains"]["digits"], figures["domains"]["words"]
+    assert figures["total"]["measured"] - one["removal"] == pytest.approx(other["alone"], rel=1e-6)
+    code, out, err = tether("fuse", "base", "words.lora=0.5", "--out", "single", "--no-gate")
+    code, out, err = tether("ledger", "single", "--text", "general.jsonl", "--json")
+    assert json.loads(out)["total"]["measured"] == pytest.approx(other["alone"], rel=1e-5)
+    code, _, err = tether(
+        "fuse", "base", "words.lora", "--gate", "softmax", "--remove", "digits", "--out", "refused"
+    )
+    assert code == 2
+    assert "--remove, --gate softmax with adapters: expected deltas" in err
+    assert not (work / "refused").exists()
