@@ -22,9 +22,10 @@ from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.measure import Variant, measure
 from tether.delta.token_law import check_token_law
-from tether.delta.windows import read_documents, window_text
+from tether.delta.windows import window_text
 from tether.demo.plan import TITLES
 from tether.errors import CheckpointError
+from tether.store.documents import read_documents
 from tether.theory.bounds import fused_drift_bound
 
 __all__ = ["rows"]

@@ -13,10 +13,11 @@ from tether.delta.delta import Delta
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.training import Fit
-from tether.delta.windows import Windows, read_documents, window_text
+from tether.delta.windows import Windows, window_text
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
 from tether.demo.plan import PIECE
 from tether.router.deltas import DeltaRouterFit, route_deltas
+from tether.store.documents import read_documents
 
 __all__ = ["rows"]
 

@@ -12,6 +12,7 @@ from tether.registration import register_when_needed
 
 if TYPE_CHECKING:
     from tether import cauchy, merge, router, theory
+    from tether.causal.checkpoint import save_checkpoint
     from tether.causal.config import CausalQwenConfig
     from tether.causal.loading import load, load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tether.delta.certificate import Certificate, certify, verify
     from tether.delta.delta import Delta
     from tether.delta.export import export_plain
-    from tether.delta.fusion import fuse, save_checkpoint
+    from tether.delta.fusion import fuse
     from tether.delta.learning import learn_delta
 
 _NAMES = {
@@ -41,7 +42,7 @@ _NAMES = {
     "learn_delta": "tether.delta.learning",
     "load": "tether.causal.loading",
     "load_backbone": "tether.causal.loading",
-    "save_checkpoint": "tether.delta.fusion",
+    "save_checkpoint": "tether.causal.checkpoint",
     "serve": "tether.delta.adapter_serving",
     "verify": "tether.delta.certificate",
 }

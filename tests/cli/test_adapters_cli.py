@@ -5,7 +5,7 @@ import json
 import pytest
 
 import tiny
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import tiny
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 
 
 @pytest.fixture(scope="module")

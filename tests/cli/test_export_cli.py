@@ -8,9 +8,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
-from tether.delta.fusion import fuse, save_checkpoint
+from tether.delta.fusion import fuse
 
 
 @pytest.fixture

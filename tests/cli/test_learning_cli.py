@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from tether.delta.delta import Delta
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
-from tether.delta.fusion import save_checkpoint
 from tether.delta.gate import Gate
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from checkpoints import write_recipe
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 from tether.store.manifest import read_manifest
 
 

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
-from tether.delta.fusion import save_checkpoint
-from tether.delta.windows import write_documents
+from tether.store.documents import write_documents
 
 
 @pytest.fixture

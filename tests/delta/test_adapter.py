@@ -19,8 +19,9 @@ from tether.delta.certificate import certify, verify
 from tether.delta.measure import Variant, measure
 from tether.delta.objective import output_fisher
 from tether.delta.source import reference
-from tether.delta.windows import window_text, write_documents
+from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
+from tether.store.documents import write_documents
 from tether.store.manifest import read_manifest
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.certificate import Certificate, Settings, certify, read, verify
 from tether.delta.delta import Delta
-from tether.delta.fusion import fuse, save_checkpoint, unfuse
+from tether.delta.fusion import fuse, unfuse
 from tether.delta.gate import Gate
-from tether.delta.windows import write_documents
 from tether.errors import CertificateError, ConfigError
+from tether.store.documents import write_documents
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
 from tether.delta.export import export_plain, final_norm, static_map
-from tether.delta.fusion import fuse, save_checkpoint
+from tether.delta.fusion import fuse
 from tether.errors import ConfigError
 from tether.store.manifest import read_manifest
 

@@ -6,14 +6,16 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from disk import nearly_full
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.cache import cache_states
 from tether.delta.delta import Delta
-from tether.delta.fusion import check_free, fuse, save_checkpoint
+from tether.delta.fusion import fuse
 from tether.delta.gate import Gate
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import read_manifest
+from tether.store.publish import check_free
 
 
 def make(model, name="a", seed=0, *, gate=True, rank=3, window=4, base=None, first=True):

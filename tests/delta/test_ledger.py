@@ -11,9 +11,10 @@ import tiny
 from tether.cauchy.charts import CHARTS, to_chart
 from tether.cauchy.charts import fuse as fuse_moves
 from tether.cauchy.divergence import drift
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
-from tether.delta.fusion import fuse, save_checkpoint, unfuse
+from tether.delta.fusion import fuse, unfuse
 from tether.delta.gate import Gate
 from tether.delta.ledger import Allowance, check_allowance, keep_ledger, room
 from tether.delta.shares import shares

@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 import tiny
 from tether.cli.app import app
-from tether.delta.windows import write_documents
 from tether.errors import ConfigError
 from tether.merge.axes import find_tower, sizes
 from tether.merge.maps import bring, read_maps
 from tether.merge.pairing import align_checkpoints
+from tether.store.documents import write_documents
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_two_of_one_class_merge_their_towers_when_asked(tmp_path):
 
 
 def test_the_check_reads_text_with_vision_models_too(tmp_path, family):
-    from tether.delta.windows import write_documents
+    from tether.store.documents import write_documents
 
     write_documents(tmp_path / "words.jsonl", tiny.documents("words", 5))
     check = {

@@ -5,19 +5,20 @@ import torch
 from torch.testing import assert_close
 
 import tiny
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.routed import RoutedFusion, route_shares
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
 from tether.delta.certificate import certify, verify
-from tether.delta.fusion import save_checkpoint
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.training import Fit
-from tether.delta.windows import window_text, write_documents
+from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.router.deltas import DeltaRouterFit, route_deltas
+from tether.store.documents import write_documents
 
 BUDGET = 0.05
 SMALL = {

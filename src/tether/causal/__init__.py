@@ -8,6 +8,7 @@ from types import ModuleType
 
 __all__ = [  # noqa: F822 - resolved below
     "calibration",
+    "checkpoint",
     "config",
     "counterfactual",
     "dataset",

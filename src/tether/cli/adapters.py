@@ -50,9 +50,9 @@ def learn_adapter(
     from tether.delta.adapter import lora_config
     from tether.delta.adapter_training import AdapterFit
     from tether.delta.budget import Budget
-    from tether.delta.fusion import check_free
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
     from tether.store.hashing import sha256_file
+    from tether.store.publish import check_free
 
     if kind != "lora":
         raise ConfigError(f"adapter={kind!r}: expected lora")
@@ -111,7 +111,7 @@ def fuse_adapters(
     from tether.causal.loading import load
     from tether.delta.adapter import Adapter, is_adapter
     from tether.delta.adapter_serving import save_adapted, serve
-    from tether.delta.fusion import check_free
+    from tether.store.publish import check_free
 
     deltas = [path for path in paths if not is_adapter(path)]
     if deltas:

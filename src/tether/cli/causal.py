@@ -29,14 +29,15 @@ def convert(
     """Make a CausalQwen checkpoint of a causal LM; in softmax mode it equals the base."""
     quiet_libraries()
     from tether.causal.calibration import calibrate as fit
+    from tether.causal.checkpoint import save_checkpoint
     from tether.causal.loading import load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
     from tether.causal.numbers import NumericTokenizer
-    from tether.delta.fusion import check_free, save_checkpoint
-    from tether.delta.windows import read_documents, window_text
+    from tether.delta.windows import window_text
     from tether.errors import ConfigError
     from tether.report.frontier import frontier_png
-    from tether.store.publish import publish_file, write_json
+    from tether.store.documents import read_documents
+    from tether.store.publish import check_free, publish_file, write_json
 
     check_free(out)
     documents = None if calibrate is None else read_documents(calibrate)

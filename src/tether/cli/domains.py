@@ -154,7 +154,7 @@ def fuse(
     from tether.cauchy.charts import CHARTS
     from tether.causal.gates import GATES
     from tether.delta.adapter import is_adapter
-    from tether.delta.fusion import check_free
+    from tether.store.publish import check_free
 
     check_free(out)
     if chart is not None and chart not in CHARTS:
@@ -208,7 +208,7 @@ def certify(
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.certificate import certify as certify_model
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
 
     for path in text:
         read_documents(path)

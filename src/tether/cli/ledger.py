@@ -26,7 +26,7 @@ def ledger(
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.ledger import keep_ledger
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
 
     read_documents(text)
     model, tokenizer = load(str(fused))
@@ -95,11 +95,12 @@ def fuse_domains(
         ConfigError: options that do not fit together, or a domain that is not there.
         Exit: the fusion breaks its budget; nothing is written.
     """
+    from tether.causal.checkpoint import save_checkpoint
     from tether.causal.leash import METRICS, check_leash
     from tether.causal.loading import load
     from tether.delta.delta import Delta
-    from tether.delta.fusion import fuse, save_checkpoint, unfuse
-    from tether.delta.windows import read_documents, text_hash
+    from tether.delta.fusion import fuse, unfuse
+    from tether.store.documents import read_documents, text_hash
 
     if leash:
         check_leash(leash, leash_metric)

@@ -37,8 +37,8 @@ def route(
 ) -> None:
     """Route instead of add: per-token weights over deltas, or over experts, learnt from text."""
     quiet_libraries()
-    from tether.delta.fusion import check_free
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
+    from tether.store.publish import check_free
 
     check_free(out)
     texts = text or []
@@ -62,12 +62,13 @@ def _deltas(
 ) -> None:  # fmt: skip
     import tempfile
 
+    from tether.causal.checkpoint import save_checkpoint
     from tether.causal.loading import load
     from tether.delta.cache import cached
     from tether.delta.delta import Delta
-    from tether.delta.fusion import save_checkpoint
-    from tether.delta.windows import read_documents, window_text
+    from tether.delta.windows import window_text
     from tether.router.deltas import DeltaRouterFit, route_deltas
+    from tether.store.documents import read_documents
 
     fit = DeltaRouterFit(budget=budget)
     limit = tokens or fit.tokens
@@ -113,10 +114,11 @@ def _mixture(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tether.causal.loading import resolve
-    from tether.delta.windows import read_documents, window_text
+    from tether.delta.windows import window_text
     from tether.router.mixture import upcycle
     from tether.router.options import FORMS
     from tether.router.training import RouterFit, train_routers
+    from tether.store.documents import read_documents
     from tether.store.publish import publish_folder
 
     if form not in FORMS:

@@ -115,13 +115,13 @@ def _options(path: Path | None, flags: dict[str, Any]) -> "TrainOptions":
 
 def _read(path: Path) -> "list[Document]":
     from tether.causal.pairs import holds_pairs, read_pairs
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
 
     return [*read_pairs(path)] if holds_pairs(path) else [*read_documents(path)]
 
 
 def _check_folder(out: Path) -> None:
-    from tether.delta.fusion import check_free
+    from tether.store.publish import check_free
 
     # A run's own folder is checked when it is opened: by its options, once the model's hash is known.
     if not (out / "run.json").is_file():

@@ -37,7 +37,7 @@ def weigh(
     from tether.delta.budget import Budget
     from tether.delta.delta import Delta
     from tether.delta.weights import weigh_texts
-    from tether.delta.windows import read_documents
+    from tether.store.documents import read_documents
 
     limit = Budget(value=budget, metric=metric, quantile=quantile)
     pairs = [_pair(text) for text in deltas]

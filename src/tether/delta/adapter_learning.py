@@ -21,8 +21,9 @@ from tether.delta.cache import StateCache, cached, hidden_states
 from tether.delta.gate import fit_gate
 from tether.delta.learning import HELD_OUT
 from tether.delta.training import Step
-from tether.delta.windows import read_documents, text_hash, window_text
+from tether.delta.windows import window_text
 from tether.errors import ConfigError
+from tether.store.documents import read_documents, text_hash
 from tether.store.manifest import versions
 
 __all__ = ["fit_adapter", "learn_adapter", "meet_adapter"]

@@ -20,8 +20,9 @@ from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
 from tether.delta.record import CLAIMS, SCHEMA_VERSION, Certificate, Settings, read
 from tether.delta.summary import summarise
-from tether.delta.windows import read_documents, text_hash, window_text
+from tether.delta.windows import window_text
 from tether.errors import CertificateError, CheckpointError
+from tether.store.documents import read_documents, text_hash
 from tether.store.hashing import sha256_file
 from tether.store.manifest import versions
 

@@ -1,9 +1,8 @@
-"""Fuse deltas into a model that shares its base's weights, and write models as checkpoints."""
+"""Fuse deltas into a model that shares its base's weights, and take a fusion apart again."""
 
 import copy
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,8 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
 from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
-from tether.store.hashing import sha256_file
-from tether.store.manifest import Input, Manifest, write_manifest
-from tether.store.publish import publish_folder
 
-__all__ = ["check_free", "fuse", "save_checkpoint", "unfuse"]
+__all__ = ["fuse", "unfuse"]
 
 
 def fuse(
@@ -215,57 +211,3 @@ def _delta(model: CausalQwenForCausalLM, fusion: Fusion, row: int) -> Delta:
         record=dict(fusion.description["budgets"][row]),
         layers=tuple(fusion.layers[number - 1] for number in read),
     )
-
-
-def check_free(folder: str | Path) -> None:
-    """Refuse an output folder with content before any work is done for it.
-
-    Args:
-        folder: where a checkpoint shall go.
-
-    Raises:
-        ConfigError: it exists and is not an empty folder.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder} is not empty: expected a new or empty folder; choose another or remove it"
-        )
-
-
-def save_checkpoint(
-    model: CausalQwenForCausalLM,
-    tokenizer: Any,
-    folder: str | Path,
-    *,
-    inputs: Mapping[str, Path] | None = None,
-    replace: bool = False,
-) -> Path:
-    """Write a model with its tokenizer and manifest, loadable by `AutoModelForCausalLM`.
-
-    Args:
-        model: converted or fused.
-        tokenizer: the base's tokenizer.
-        folder: where to; must be absent or empty.
-        inputs: files the model was made from, by role, recorded with their hashes.
-        replace: whether a folder with content is replaced.
-
-    Returns:
-        The folder, which becomes the model's `name_or_path`.
-
-    Raises:
-        ConfigError: no tokenizer, or the folder is not empty.
-    """
-    if tokenizer is None:
-        raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
-    folder = Path(folder)
-    listed = [
-        Input(role=role, path=str(path), sha256=sha256_file(path)) for role, path in (inputs or {}).items()
-    ]
-    with publish_folder(folder, replace=replace) as target:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        recipe = {"fusion": model.config.fusion, "preset": model.config.preset}
-        write_manifest(target, Manifest(kind="checkpoint", inputs=tuple(listed), recipe=recipe))
-    model.name_or_path = str(folder)
-    return folder

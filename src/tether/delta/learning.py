@@ -19,8 +19,9 @@ from tether.delta.head import METRICS, Head, Reference, token_drift
 from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.source import Source, reference, set_aside, spread
 from tether.delta.training import Aside, Fit, Step, Training
-from tether.delta.windows import read_documents, window_text
+from tether.delta.windows import window_text
 from tether.errors import ConfigError
+from tether.store.documents import read_documents
 from tether.store.manifest import versions
 
 __all__ = [

@@ -16,8 +16,9 @@ from tether.delta.cache import hidden_states
 from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
 from tether.delta.shares import shares
-from tether.delta.windows import Windows, read_documents, window_text
+from tether.delta.windows import Windows, window_text
 from tether.errors import CertificateError, ConfigError
+from tether.store.documents import read_documents
 from tether.theory.bounds import K_INF, fused_drift_bound
 
 __all__ = ["Allowance", "check_allowance", "keep_ledger", "room"]

@@ -16,9 +16,10 @@ from tether.delta.fusion import fuse
 from tether.delta.problem import BASE_TOKENS, Problem
 from tether.delta.solver import minimise_loss
 from tether.delta.source import spread
-from tether.delta.windows import read_documents, window_text
+from tether.delta.windows import window_text
 from tether.errors import CertificateError, ConfigError
 from tether.stats import clopper_pearson, quantile_upper_bound
+from tether.store.documents import read_documents
 
 __all__ = ["Weighed", "optimise_weights", "weigh_texts"]
 

@@ -10,22 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states, load_states
 from tether.delta.certificate import Settings, compose
 from tether.delta.delta import Delta
-from tether.delta.fusion import fuse, save_checkpoint
+from tether.delta.fusion import fuse
 from tether.delta.learning import Anchor, anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.summary import summarise
 from tether.delta.training import Fit
-from tether.delta.windows import read_documents, window_text, write_documents
+from tether.delta.windows import window_text
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
 from tether.demo.plan import FUSIONS, PIECE, PROMPTS, TITLES, Plan
 from tether.errors import ConfigError
 from tether.report.html import write_report
 from tether.runs import Run
+from tether.store.documents import read_documents, write_documents
 from tether.store.manifest import versions
 from tether.store.publish import write_json
 from tether.store.writer import write_safetensors

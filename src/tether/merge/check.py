@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tether.delta.windows import Windows, read_documents, window_text
+from tether.delta.windows import Windows, window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.recipe import Check
 from tether.stats import standard_error
+from tether.store.documents import read_documents
 
 __all__ = [
     "Comparison",

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from tether.delta.windows import read_documents, window_text
+from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.alignment import Activations, align_units, record, write_maps
 from tether.merge.axes import Sizes
 from tether.merge.check import load_checkpoint, load_tokenizer
 from tether.merge.companions import differing_tokens, locate, read_folder
 from tether.merge.opening import Opened, open_model
+from tether.store.documents import read_documents
 
 __all__ = ["align_checkpoints"]
 

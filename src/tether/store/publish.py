@@ -20,7 +20,7 @@ from typing import Any
 
 from tether.errors import CheckpointError, ConfigError
 
-__all__ = ["clean_stale", "publish_file", "publish_folder", "write_json"]
+__all__ = ["check_free", "clean_stale", "publish_file", "publish_folder", "write_json"]
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -278,3 +278,19 @@ def _remove(path: Path) -> None:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def check_free(folder: str | Path) -> None:
+    """Refuse an output folder with content before any work is done for it.
+
+    Args:
+        folder: where a checkpoint shall go.
+
+    Raises:
+        ConfigError: it exists and is not an empty folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} is not empty: expected a new or empty folder; choose another or remove it"
+        )
