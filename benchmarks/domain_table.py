@@ -88,7 +88,8 @@ class Table:
             arm: as in `single`.
 
         Returns:
-            CPU seconds cached and cold, peak memory, bytes.
+            CPU seconds with all states cached, with the domain's own text to read (cold), and with base text to
+            read as well, as for the very first domain (first); peak memory, bytes.
         """
         arm = arm.removesuffix("*s")
         found = [v for k, v in self.results["learnt"].items() if k.rsplit("-", 2)[0] == arm]
@@ -96,25 +97,26 @@ class Table:
         base = read[f"base-{features}"]["cpu"] + read[f"held-out-{features}"]["cpu"]
         own = float(np.mean([read[f"{name}-{features}"]["cpu"] for name in DOMAINS]))
         fit = float(np.mean([v["cpu_fit"] for v in found]))
-        # Plain LoRA reads no states; adapters held to base text read its states, deltas their domain's too. All of
-        # base text is counted for one domain here, though any number of domains shares it.
-        cold = {"delta": own + base, "lora": 0.0}.get(arm.partition("-")[0], base)
+        # Plain LoRA reads no states; adapters held to base text read its states, deltas their domain's too.
+        kind = arm.partition("-")[0]
         ready = float(np.mean([v["cpu_ready"] for v in found])) if arm in DELTAS else 0.0
+        cold = fit + ready + (own if kind == "delta" else 0.0)
         return {
             "cpu_cached": fit,
-            "cpu_cold": fit + cold + ready,
+            "cpu_cold": cold,
+            "cpu_first": cold + (0.0 if kind == "lora" else base),
             "peak_rss": max(v["peak_rss"] for v in found),
             "bytes": found[0]["bytes"],
         }
 
-    def share(self, arm: str) -> tuple[dict[str, float], tuple[float, float]]:
+    def share(self, arm: str) -> tuple[dict[str, float], list[float]]:
         """Compare an arm with plain LoRA.
 
         Args:
             arm: as in `single`.
 
         Returns:
-            Its share of LoRA's gain by domain, and of LoRA's CPU seconds, cached and cold.
+            Its share of LoRA's gain by domain, and of LoRA's CPU seconds: cached, cold and first.
         """
         gains = {}
         for name in DOMAINS:
@@ -122,8 +124,8 @@ class Table:
             mine, plain = (base - self.figure(name, f"{a}:{name}", "nll") for a in (arm, "lora"))
             gains[name] = mine / plain
         mine_costs, plain_costs = self.costs(arm), self.costs("lora")
-        cached, cold = (mine_costs[cost] / plain_costs[cost] for cost in ("cpu_cached", "cpu_cold"))
-        return gains, (cached, cold)
+        costs = ("cpu_cached", "cpu_cold", "cpu_first")
+        return gains, [mine_costs[cost] / plain_costs[cost] for cost in costs]
 
     def fused(self) -> Iterable[dict[str, Any]]:
         """Give a line for every way to combine the domains.
@@ -191,29 +193,28 @@ class Table:
         )
         head = ["arm", *DOMAINS, "mean", "other domains"]
         head += [f"{name} KL mean / p99 / max" for name in (*BASE_TEXTS, OTHER)]
-        lines = [[*head, "CPU s cached", "cold", "peak GB", "MB"]]
+        lines = [[*head, "CPU s cached", "cold", "first", "peak GB", "MB"]]
         for line in single:
             cells = [line["arm"], *(f"{line[name]:.3f}" for name in DOMAINS), f"{line['mean']:.3f}"]
             cells.append(f"{line['others']:+.3f}")
             for name in (*BASE_TEXTS, OTHER):
                 cells.append(" / ".join(f"{line[f'{name} {f}']:.3g}" for f in ("kl", "kl_p99", "kl_max")))
-            cells += [f"{line['cpu_cached']:.0f}", f"{line['cpu_cold']:.0f}"]
+            cells += [f"{line[cost]:.0f}" for cost in ("cpu_cached", "cpu_cold", "cpu_first")]
             lines.append([*cells, f"{line['peak_rss'] / 1e9:.1f}", f"{line['bytes'] / 1e6:.1f}"])
         text += _table(lines)
         arms = [line["arm"] for line in single]
         text += "\nMean NLL of domains at matched base KL, paired by seed:\n\n"
-        arms = [line["arm"] for line in single]
         for arm in (name for name in ("leashed", "delta", "delta-multi") if name in arms):
             for other in (name for name in arms if name.endswith("*s")):
                 gaps = self.paired(arm, other)
                 each = ", ".join(f"{gap:+.3f}" for gap in gaps)
                 text += f"- {arm} minus {other}: {np.mean(gaps):+.3f} (by seed {each})\n"
         text += "\nShare of plain LoRA's gain on each domain, and of its CPU seconds:\n\n"
-        lines = [["arm", *DOMAINS, "cached", "cold"]]
+        lines = [["arm", *DOMAINS, "cached", "cold", "first"]]
         for arm in (name for name in DELTAS if name in arms):
-            shares, (cached, cold) = self.share(arm)
+            shares, costs = self.share(arm)
             cells = [arm, *(f"{share:.2f}" for share in shares.values())]
-            lines.append([*cells, f"1/{1 / cached:.1f}", f"1/{1 / cold:.1f}"])
+            lines.append([*cells, *(f"1/{1 / cost:.1f}" for cost in costs)])
         text += _table(lines)
         text += "\nAll three domains in one model: NLL of domains; NLL / mean KL of base texts.\n\n"
         lines = [["arm", *DOMAINS, "mean", *BASE_TEXTS, OTHER]]

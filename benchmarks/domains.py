@@ -219,7 +219,7 @@ def as_rows(table: Table, seeds: int) -> list[Row]:
         add(case, "mean NLL of the domains, each with its own, nats", line["mean"], base)
         for name in (*BASE_TEXTS, OTHER):
             add(case, f"KL on {name}, nats", line[f"{name} kl"], 0.0)
-        for cost in ("cpu_cached", "cpu_cold", "peak_rss", "bytes"):
+        for cost in ("cpu_cached", "cpu_cold", "cpu_first", "peak_rss", "bytes"):
             add(case, cost, line[cost], plain[cost])
     for line in fused:
         case = f"three domains in one, {line['arm']}; baseline: the base"
