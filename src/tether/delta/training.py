@@ -20,13 +20,15 @@ __all__ = ["FEATURES", "Aside", "Fit", "Step", "Training"]
 
 PACE = 6
 """Steps between two steps of the dual."""
+STEPS, SMALLEST = 32, 32
+"""Steps an epoch at least, of at least so many tokens: in a few steps a small text is not learnt."""
 CHECKS = 4
 """Looks at the domain documents set aside, in an epoch."""
 GAIN = 0.75
 """Of a first delta: domain nats for the root of a nat of base drift, from which the dual starts (docs/log.md)."""
 
 FEATURES = ("last", "multi")
-"""What a delta reads: the last hidden state alone, or states of three middle layers beside it."""
+"""What a delta reads: the last hidden state alone, or with states of three middle layers."""
 
 Step = Callable[[dict[str, float]], None]
 """Called with step, steps, nll, drift and multiplier, and held_out where documents are set aside."""
@@ -45,7 +47,7 @@ class Fit:
         gate: fit a one-class gate too.
         epochs: passes over the domain text at most.
         full_epochs: of these, the last ones take the loss over the whole vocabulary.
-        batch: domain tokens a step, >= 2; half as many of the base.
+        batch: base tokens a step, and domain tokens too unless that makes fewer than `STEPS` steps an epoch.
         lr: peak learning rate of Adam, in units of the hidden state.
         candidates: classes kept exactly in the training loss.
         sampled: other classes drawn each step.
@@ -63,8 +65,8 @@ class Fit:
     gate: bool = True
     epochs: int = 2
     full_epochs: int = 0
-    batch: int = 128
-    lr: float = 5e-4
+    batch: int = 256
+    lr: float = 1e-3
     candidates: int = 2048
     sampled: int = 512
     probe: int = 1536
@@ -183,7 +185,8 @@ class Training:
         """
         fit = self.fit
         optimizer = torch.optim.Adam(self.parameters, lr=fit.lr, betas=(0.9, 0.99))
-        each = math.ceil(len(self.source) / fit.batch)
+        size = min(fit.batch, max(SMALLEST, len(self.source) // STEPS))
+        each = math.ceil(len(self.source) / size)
         steps = fit.epochs * each
         # Adam's first steps have full size whatever the gradient: without a warm-up they leave the budget far
         # behind, and the multiplier then holds the fit back for the rest of its steps.
@@ -194,7 +197,7 @@ class Training:
         step = 0
         for epoch in range(fit.epochs):
             whole = epoch >= fit.epochs - fit.full_epochs
-            for rows in self.source.batches(fit.batch, self.generator):
+            for rows in self.source.batches(size, self.generator):
                 step += 1
                 nll, moved = self._step(optimizer, rows, whole)
                 schedule.step()
@@ -237,7 +240,7 @@ class Training:
         if own is not None:
             moved = own.mean()
         else:
-            drawn = torch.randint(len(self.anchor.states), (fit.batch // 2,), generator=self.generator)
+            drawn = torch.randint(len(self.anchor.states), (fit.batch,), generator=self.generator)
             anchor = Reference(*(values[drawn] for values in self.anchor))
             if budget.hard:
                 anchor = anchor.join(at)
