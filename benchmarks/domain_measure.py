@@ -55,6 +55,7 @@ def adapter_runs(
     return found
 
 
+@torch.no_grad()
 def measure_runs(bench: Bench, text: str, runs: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Any]:
     """Measure arms that change the backbone, in one pass over a text that shares the base's side.
 
