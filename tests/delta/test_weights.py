@@ -158,6 +158,17 @@ def model_drift(model, weights, cache):
     return torch.cat(found)
 
 
+def test_a_budget_is_not_spent_where_spending_it_costs_a_domain(model, learnt, caches, base):
+    far = noise(model, "far", 2, 0.5)
+    deltas, domains = [learnt, far], {"digits": caches["digits"], "far": caches["digits"]}
+    drifts = model_drift(model, dict.fromkeys(deltas, 1.0), base)
+    found = optimise_weights(model, deltas, domains, base, budget=Budget(value=4 * float(drifts.mean())))
+    losses = {name: sum(values.values()) for name, values in found.record["losses"].items()}
+    assert losses["unit"] < losses["equal"]
+    assert losses["optimised"] == losses[found.record["chosen"]] == min(losses.values())
+    assert 0 < found.record["drift"] <= 4 * float(drifts.mean())
+
+
 @pytest.mark.slow
 def test_fifty_deltas(model, learnt, caches, base):
     deltas = [learnt, *(noise(model, f"n{seed}", seed, 0.05) for seed in range(49))]

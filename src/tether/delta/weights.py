@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tether.causal.fused import Fusion
-from tether.delta.budget import Budget
+from tether.delta.budget import Budget, Met
 from tether.delta.cache import StateCache, cached
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
@@ -33,7 +33,8 @@ class Weighed(NamedTuple):
     Attributes:
         weights: one a delta, for `tether.fuse`.
         record: JSON-able figures: budget, factor, drift on the text the weights were scaled on, certificate
-            from text not used before, loss of each domain with these weights, with equal ones, and of the base.
+            from text not used before, loss of each domain with these weights, with all that were tried (equal ones
+            at the budget, ones where the budget allows more, each round of the search), and of the base.
     """
 
     weights: dict[Delta, float]
@@ -96,26 +97,26 @@ def optimise_weights(
     problem.follow(fitted, [domains[delta.name] for delta in deltas], generator)
     scaled = problem.contexts(chosen, spread(len(chosen.windows.input_ids), BASE_TOKENS))
     ones = np.ones(len(deltas))
-    met = equal = problem.scale(ones, scaled, most)
+    equal = problem.scale(ones, scaled, most)
+    # Not convex, so a search can end above what needs none, and a budget spent to the full can cost a domain.
+    tried = {"equal": (equal.scale * ones, equal)}
+    if equal.scale > 1:
+        tried["unit"] = ones, Met(1.0, float(budget.statistic(problem.drift(ones, scaled))), 1)
     weights = equal.scale * ones
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         problem.linearise(weights)
         # What the surrogate says where the measured drift is the budget.
         limit = float(problem.surrogate(torch.tensor(weights))) or float(budget.value or 0.0)
         weights = minimise_loss(problem, limit, most, weights)
         met = problem.scale(weights, scaled, most)
         weights = weights * met.scale
-    losses = {
-        name: problem.losses(values)
-        for name, values in (
-            ("base", 0 * weights),
-            ("equal", equal.scale * ones),
-            ("optimised", weights),
-        )
+        tried[f"round {number + 1}"] = weights, met
+    losses = {"base": problem.losses(0 * ones)} | {
+        name: problem.losses(values) for name, (values, _) in tried.items()
     }
-    if sum(losses["equal"]) < sum(losses["optimised"]):
-        # Not convex, so not certain to be found; never worse than what needs no search.
-        weights, met = equal.scale * ones, equal
+    best = min(tried, key=lambda name: sum(losses[name]))
+    weights, met = tried[best]
+    losses["optimised"] = losses[best]
     record = {
         "budget": budget.value,
         "metric": budget.metric,
@@ -123,6 +124,7 @@ def optimise_weights(
         "chart": chart,
         "gated": gated,
         "weights": [float(weight) for weight in weights],
+        "chosen": best,
         "drift": met.drift,
         "drift_tokens": len(scaled.targets),
         "equal_weight": equal.scale,
