@@ -159,14 +159,14 @@ def model_drift(model, weights, cache):
 
 
 def test_a_budget_is_not_spent_where_spending_it_costs_a_domain(model, learnt, caches, base):
-    far = noise(model, "far", 2, 0.5)
-    deltas, domains = [learnt, far], {"digits": caches["digits"], "far": caches["digits"]}
-    drifts = model_drift(model, dict.fromkeys(deltas, 1.0), base)
-    found = optimise_weights(model, deltas, domains, base, budget=Budget(value=4 * float(drifts.mean())))
+    found = optimise_weights(
+        model, [learnt], {"digits": caches["digits"]}, base, budget=Budget(value=20.0), most=200.0
+    )
     losses = {name: sum(values.values()) for name, values in found.record["losses"].items()}
+    assert found.record["equal_weight"] > 1
     assert losses["unit"] < losses["equal"]
     assert losses["optimised"] == losses[found.record["chosen"]] == min(losses.values())
-    assert 0 < found.record["drift"] <= 4 * float(drifts.mean())
+    assert 0 < found.record["drift"] <= 20
 
 
 @pytest.mark.slow
