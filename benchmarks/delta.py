@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.filling import filling
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.budget import Budget
@@ -51,6 +52,7 @@ def rows(*, fast: bool) -> list[Row]:
         ]
         found += _fitting(model, caches, repeats)
         found.append(_measuring(model, caches, sample, repeats))
+    found.append(filling(2_000 if fast else 12_000))
     with Usage() as usage:
         pass
     peak, limit = float(usage.peak_rss_bytes), 3e9
