@@ -108,6 +108,16 @@ def test_a_fit_stops_where_documents_set_aside_no_longer_improve(model, caches):
     assert watched.record["stopped"] == min(looks, key=looks.get)
 
 
+def test_a_small_text_is_learnt_in_at_least_so_many_steps(model, caches):
+    few = caches["digits"].only(torch.arange(16))
+    tokens = len(few.scored()[1])
+    steps = []
+    anchor = anchor_text(model, caches["words"], caches["words-held-out"], background=tiny.BACKGROUND)
+    fit_delta(model, few, anchor, "few", Fit(epochs=1, gate=False, candidates=200), steps.append)
+    assert 32 * 32 < tokens < 32 * 256
+    assert 32 <= steps[-1]["steps"] <= 34
+
+
 def test_what_comes_back_are_the_heads_of_the_best_look(model, caches):
     few = caches["digits"].only(torch.arange(8))
     stay, away = set_aside(few.windows.documents, 0.25)
