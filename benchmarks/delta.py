@@ -52,7 +52,7 @@ def rows(*, fast: bool) -> list[Row]:
         ]
         found += _fitting(model, caches, repeats)
         found.append(_measuring(model, caches, sample, repeats))
-    found.append(filling(2_000 if fast else 12_000))
+    found.append(filling(2_000 if fast else 20_000))
     with Usage() as usage:
         pass
     peak, limit = float(usage.peak_rss_bytes), 3e9

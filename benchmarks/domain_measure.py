@@ -140,13 +140,14 @@ def measure_gated(bench: Bench, text: str, seed: int) -> dict[str, Any]:
     return cells
 
 
-def measure_curve(bench: Bench, text: str, domain: str) -> dict[str, Any]:
-    """Measure what was learnt of a domain at several factors, on the first seed.
+def measure_curve(bench: Bench, text: str, domain: str, seed: int) -> dict[str, Any]:
+    """Measure what was learnt of a domain at several factors.
 
     Args:
         bench: the work.
         text: which.
         domain: whose deltas and adapters.
+        seed: of the fits.
 
     Returns:
         A cell for each `arm*factor`.
@@ -154,7 +155,7 @@ def measure_curve(bench: Bench, text: str, domain: str) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     windows = bench.test(text)
     for arm in bench.plan.deltas:
-        delta = bench.deltas(arm, 0)[list(DOMAINS).index(domain)]
+        delta = bench.deltas(arm, seed)[list(DOMAINS).index(domain)]
         variants = {f"{arm}*{factor:g}": Variant((factor,), "symmetric", False) for factor in FACTORS}
         fused = fuse(bench.model, {delta: 1.0}, gated=False)
         cells |= _cells(
@@ -162,7 +163,7 @@ def measure_curve(bench: Bench, text: str, domain: str) -> dict[str, Any]:
         )
     runs = {}
     for arm in bench.arms():
-        attached = Attached.of(bench.model, {domain: bench.adapter(arm, domain, 0)})
+        attached = Attached.of(bench.model, {domain: bench.adapter(arm, domain, seed)})
         runs |= {f"{arm}*{factor:g}": _run(attached, domain, factor) for factor in FACTORS}
     return cells | measure_runs(bench, text, runs)
 

@@ -51,7 +51,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(),
-    "long": Plan(test=1_500, probe=1024, betas=(), once=(), seeds=1),
+    "long": Plan(test=1_500, probe=1024, betas=(0.3,), once=()),
     "middle": Plan(train=8_000, test=640, probe=768),
     "fast": Plan(
         train=1_100,

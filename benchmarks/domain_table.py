@@ -1,6 +1,6 @@
 """Tables of the benchmark of domains: means over seeds, differences by seed, costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,13 @@ class Table:
 
     Args:
         results: of `Results.run`.
-        seeds: how many.
+        seeds: which.
     """
 
-    def __init__(self, results: dict[str, Any], seeds: int) -> None:
+    def __init__(self, results: dict[str, Any], seeds: Sequence[int]) -> None:
         self.results, self.seeds = results, seeds
         self.cells: dict[str, dict[str, Any]] = results["cells"]
-        every = [self.cells[f"{TEXTS[0]}-{seed}"] for seed in range(seeds)]
+        every = [self.cells[f"{TEXTS[0]}-{seed}"] for seed in seeds]
         self.arms = list(dict.fromkeys(arm for cells in every for arm in cells))
 
     def figure(self, text: str, arm: str, figure: str) -> float:
@@ -52,7 +52,7 @@ class Table:
         Returns:
             Nats.
         """
-        cells = [self.cells[f"{text}-{seed}"] for seed in range(self.seeds)]
+        cells = [self.cells[f"{text}-{seed}"] for seed in self.seeds]
         found = [every[arm] for every in cells if arm in every]  # some arms have the first seed only
         return float(np.mean([rate(c, figure) if figure in ("nll", "kl") else c[figure] for c in found]))
 
@@ -171,7 +171,7 @@ class Table:
             arm minus other for each seed that has both, nats.
         """
         found = []
-        for seed in range(self.seeds):
+        for seed in self.seeds:
             cells = {name: self.cells[f"{name}-{seed}"] for name in DOMAINS}
             if all({f"{arm}:{name}", f"{other}:{name}"} <= cell.keys() for name, cell in cells.items()):
                 gaps = [

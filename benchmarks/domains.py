@@ -6,7 +6,7 @@ Long: run `python -m benchmarks.domains --plan full` in pieces (`--minutes 60`);
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
@@ -49,10 +49,18 @@ class Results:
         plan: name of the plan.
         folder: where; None takes the cache folder.
         minutes: stop before a stage that would start later than this.
+        seeds: which; None takes the plan's first ones.
     """
 
-    def __init__(self, plan: str, folder: Path | None = None, minutes: float = float("inf")) -> None:
+    def __init__(
+        self,
+        plan: str,
+        folder: Path | None = None,
+        minutes: float = float("inf"),
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         self.name, self.plan = plan, PLANS[plan]
+        self.seeds = list(range(self.plan.seeds) if seeds is None else seeds)
         self.folder = folder or cache_folder() / "benchmarks" / f"domains-{plan}"
         self.until = time.monotonic() + 60 * minutes
 
@@ -102,59 +110,89 @@ class Results:
         found: dict[str, Any] = json.loads(made)
         return found
 
-    def run(self) -> dict[str, Any]:
-        """Run every stage that is left.
+    def read(self) -> dict[str, Any]:
+        """Compute all states.
 
         Returns:
-            `read`, `learnt`, `cells` and `curves`.
+            Tokens and CPU seconds by text and features.
         """
         torch.set_num_threads(1)
         (self.folder / "stages").mkdir(parents=True, exist_ok=True)
-        arms = [*self.plan.deltas, *self.bench.arms()]
-        read = {
+        return {
             f"{part}-{features}": self.stage(
                 f"read-{part}-{features}", partial(self.bench.read, part, features)
             )
             for features in dict.fromkeys(["last", *(DELTAS[arm][0] for arm in self.plan.deltas)])
             for part in (*DOMAINS, "base", "held-out")
         }
+
+    def run_seed(self, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run every stage of a seed that is left; several seeds may run at once, each in a process.
+
+        Args:
+            seed: which.
+
+        Returns:
+            `learnt` and `cells`.
+        """
         learnt: dict[str, Any] = {}
         cells: dict[str, Any] = {}
-        for seed in range(self.plan.seeds):
-            for arm in arms:
-                for domain in DOMAINS:
-                    key = f"{arm}-{domain}-{seed}"
-                    learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, seed))
-            shrunk = self.stage(f"shrink-{seed}", partial(self.bench.shrink, seed))
-            weighed = self.stage(f"weigh-{seed}", partial(self.bench.weigh, seed))
-            for text in TEXTS:
-                cells[f"{text}-{seed}"] = {
-                    **self.stage(
-                        f"deltas-{text}-{seed}",
-                        partial(measure_deltas, self.bench, text, seed, weighed["weights"]),
-                    ),
-                    **self.stage(f"gated-{text}-{seed}", partial(measure_gated, self.bench, text, seed)),
-                    **self.stage(
-                        f"adapters-{text}-{seed}",
-                        partial(self.adapters, text, seed, self.bench.arms(), shrunk),
-                    ),
-                }
-        curves = {
+        for arm in (*self.plan.deltas, *self.bench.arms()):
+            for domain in DOMAINS:
+                key = f"{arm}-{domain}-{seed}"
+                learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, seed))
+        shrunk = self.stage(f"shrink-{seed}", partial(self.bench.shrink, seed))
+        weighed = self.stage(f"weigh-{seed}", partial(self.bench.weigh, seed))
+        for text in TEXTS:
+            cells[f"{text}-{seed}"] = {
+                **self.stage(
+                    f"deltas-{text}-{seed}",
+                    partial(measure_deltas, self.bench, text, seed, weighed["weights"]),
+                ),
+                **self.stage(f"gated-{text}-{seed}", partial(measure_gated, self.bench, text, seed)),
+                **self.stage(
+                    f"adapters-{text}-{seed}",
+                    partial(self.adapters, text, seed, self.bench.arms(), shrunk),
+                ),
+            }
+        return learnt, cells
+
+    def run(self) -> dict[str, Any]:
+        """Run every stage that is left.
+
+        Returns:
+            `read`, `learnt` and `cells`.
+        """
+        read = self.read()
+        learnt: dict[str, Any] = {}
+        cells: dict[str, Any] = {}
+        for seed in self.seeds:
+            some, more = self.run_seed(seed)
+            learnt |= some
+            cells |= more
+        extras, first = self.bench.extras(), self.seeds[0]
+        for arm in extras:
+            for domain in DOMAINS:
+                key = f"{arm}-{domain}-{first}"
+                learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, first))
+        for text in TEXTS if extras else ():
+            found = self.stage(f"extras-{text}", partial(self.adapters, text, first, extras, None))
+            cells[f"{text}-{first}"] = {**found, **cells[f"{text}-{first}"]}
+        return {"read": read, "learnt": learnt, "cells": cells}
+
+    def curves(self) -> dict[str, Any]:
+        """Measure what the first seed learnt at several factors, for the figure.
+
+        Returns:
+            Cells by text and domain.
+        """
+        return {
             f"{text}-{name}": self.stage(
-                f"curve-{text}-{name}", partial(measure_curve, self.bench, text, name)
+                f"curve-{text}-{name}", partial(measure_curve, self.bench, text, name, self.seeds[0])
             )
             for name in DOMAINS
             for text in (name, *BASE_TEXTS)
         }
-        extras = self.bench.extras()
-        for arm in extras:
-            for domain in DOMAINS:
-                key = f"{arm}-{domain}-0"
-                learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, 0))
-        for text in TEXTS if extras else ():
-            found = self.stage(f"extras-{text}", partial(self.adapters, text, 0, extras, None))
-            cells[f"{text}-0"] = {**found, **cells[f"{text}-0"]}
-        return {"read": read, "learnt": learnt, "cells": cells, "curves": curves}
 
     def adapters(
         self, text: str, seed: int, arms: list[str], shrunk: dict[str, Any] | None
@@ -183,15 +221,14 @@ def rows(*, fast: bool) -> list[Row]:
         Rows of case, metric, ours, baseline, ratio, runs; the baseline is the base model, or plain LoRA for costs.
     """
     results = Results("fast" if fast else "full")
-    return as_rows(Table(results.run(), results.plan.seeds), results.plan.seeds)
+    return as_rows(Table(results.run(), results.seeds))
 
 
-def as_rows(table: Table, seeds: int) -> list[Row]:
+def as_rows(table: Table) -> list[Row]:
     """Put the tables into rows.
 
     Args:
         table: of a plan.
-        seeds: how many.
 
     Returns:
         Rows.
@@ -207,7 +244,7 @@ def as_rows(table: Table, seeds: int) -> list[Row]:
                 "ours": ours,
                 "baseline": baseline,
                 "ratio": ratio,
-                "runs": seeds,
+                "runs": len(table.seeds),
             }
         )
 
@@ -237,22 +274,33 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after this many, to go on later"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", help="these in place of the plan's")
+    parser.add_argument(
+        "--only",
+        type=int,
+        help="do no more than this seed's stages; several processes may do that at once, then start without it",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--figure", type=Path, help="write the figure of domain loss against base drift here")
     arguments = parser.parse_args()
-    results = Results(arguments.plan, arguments.folder, arguments.minutes)
+    results = Results(arguments.plan, arguments.folder, arguments.minutes, arguments.seeds)
     try:
+        if arguments.only is not None:
+            results.read()
+            results.run_seed(arguments.only)
+            return
         found = results.run()
+        curves = results.curves() if arguments.figure else None
     except OutOfTimeError:
         print("stopped; start the same command again to go on")
         return
-    table = Table(found, results.plan.seeds)
+    table = Table(found, results.seeds)
     print(table.markdown())
     if arguments.json:
-        write_rows(arguments.json, f"domains, plan {arguments.plan}", as_rows(table, results.plan.seeds))
-    if arguments.figure:
+        write_rows(arguments.json, f"domains, plan {arguments.plan}", as_rows(table))
+    if curves is not None:
         with publish_file(arguments.figure) as target:
-            target.write_bytes(tradeoff_png(found["curves"]))
+            target.write_bytes(tradeoff_png(curves))
 
 
 if __name__ == "__main__":

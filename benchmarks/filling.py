@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokens", type=int)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     state = PartialState(cpu=True)
+    torch.set_num_threads(1)  # after the state, which gives a lone process all cores
     model, tokenizer = load("smollm2-135m")
     windows = window_text(documents(DOMAINS["bible"]), tokenizer, tokens=given.tokens)
     state.wait_for_everyone()

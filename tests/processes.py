@@ -6,6 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Autograd's and gloo's threads may outlive the work; torn down with the interpreter they end some runs in
+# std::terminate, so a process whose work is done leaves without that.
+LEAVE = """
+import os, sys
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+
 
 def run_two(script, folder, *arguments, timeout=120):
     """Run a script in two processes that can find each other and the tests' own modules.
@@ -16,7 +25,7 @@ def run_two(script, folder, *arguments, timeout=120):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = folder / "run.py"
-    file.write_text(script)
+    file.write_text(script + LEAVE)
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
     ranks = [

@@ -37,6 +37,7 @@ def two_process_run(folder):
     record["rank"] = torch.distributed.get_rank() if there else 0
     record["world"] = torch.distributed.get_world_size() if there else 1
     if there:
+        torch.distributed.barrier()  # the store lives in rank 0
         torch.distributed.destroy_process_group()
     return record
 

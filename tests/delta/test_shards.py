@@ -35,6 +35,7 @@ def fill(folder):
     cache_shards(model, text(), folder / "parts", on_step=done.append)
     rank = os.environ["RANK"]
     (folder / f"total-{rank}").write_text(str(int(done[-1]["total"])))
+    torch.distributed.barrier()  # the store lives in rank 0
     torch.distributed.destroy_process_group()
 
 

@@ -67,6 +67,7 @@ def process(path):
         records[form] = run(model, form, slice(2 * rank, 2 * rank + 2))
     if rank == 0:
         Path(path).write_text(json.dumps(records))
+    distributed.barrier()  # the store lives in rank 0
     distributed.destroy_process_group()
 
 
