@@ -29,8 +29,8 @@ def route(
     ] = False,
     budget: Annotated[float, typer.Option(help="Mean drift on base text, softmax nats a token.")] = 0.01,
     form: Annotated[
-        str, typer.Option(help="With --moe: how routers are shaped (tax, prior, switch, ...).")
-    ] = "tax",
+        str, typer.Option(help="With --moe: how routers are shaped (balance, prior, switch, ...).")
+    ] = "balance",
     steps: Annotated[int, typer.Option(min=1, help="With --moe: steps of training the routers.")] = 200,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text to use at most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -69,7 +69,7 @@ class RoutingShaper(RouterObserver):
         self,
         model: nn.Module,
         optimizer: Optimizer | None = None,
-        form: str = "tax",
+        form: str = "balance",
         cost: str = "information",
         lam: float = 0.01,
         every: int = 10,

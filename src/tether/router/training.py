@@ -27,13 +27,13 @@ class RouterFit:
         every: steps between readings of the cost.
         steps: of the optimizer, >= 1.
         batch: windows a step, >= 1.
-        lr: of the routers, > 0.
-        expert_lr: of the experts, >= 0. At 0 they are frozen, and then their steps cost nothing: only forms
+        lr: of the routers at the first step, > 0; falls linearly to 0.
+        expert_lr: of the experts, >= 0, falls likewise. At 0 they are frozen, and then their steps cost nothing: only forms
             without a cost can be used.
         seed: of the order of windows.
     """
 
-    form: str = "tax"
+    form: str = "balance"
     cost: str = "information"
     lam: float = 0.01
     every: int = 10
@@ -89,6 +89,8 @@ def train_routers(
     if experts:
         groups.append({"params": experts, "lr": fit.expert_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    # Shaping levels loads by oscillation: at a constant rate it depends on the last step which experts are alive.
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=fit.steps)
     generator = torch.Generator().manual_seed(fit.seed)
     curve = []
     try:
@@ -106,6 +108,7 @@ def train_routers(
                 optimizer.zero_grad()
                 (loss + term).backward()
                 optimizer.step()
+                schedule.step()
                 curve.append(loss.item())
                 if on_step:
                     on_step({"step": step, "steps": fit.steps, "loss": curve[-1], "shaping": term.item()})

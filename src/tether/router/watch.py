@@ -113,7 +113,7 @@ def make_watch(site: Site, form: str, cost: str, optimizer: Optimizer | None) ->
     if form in {"switch", "bias"} and site.top_k == site.count:
         raise ConfigError(
             f"{site.name}: every token uses all {site.count} experts, where form={form!r} is constant; use "
-            "form='tax' or 'prior'"
+            "form='balance' or 'prior'"
         )
     if form in COSTLY and cost != "uniform":
         if site.experts is None:
