@@ -139,8 +139,9 @@ def starve(model):
 
 
 @pytest.mark.slow
-def test_shaping_revives_experts_where_half_start_starved(folders, tmp_path, texts):
-    paths = [folders / f"qwen3-{seed}" for seed in range(3)]
+@pytest.mark.parametrize("seed", range(2))
+def test_shaping_revives_experts_where_half_start_starved(folders, tmp_path, texts, seed):
+    paths = [folders / f"qwen3-{i}" for i in range(3)]
     out = upcycle(paths[0], [paths[i] for i in (1, 2, 0, 1, 2, 0, 1)], tmp_path / "moe")
     dead, losses = {}, {}
     for name, options in {
@@ -151,16 +152,17 @@ def test_shaping_revives_experts_where_half_start_starved(folders, tmp_path, tex
     }.items():
         model = load(out)
         starve(model)
-        fit = RouterFit(steps=450, batch=8, lr=1e-2, expert_lr=1e-3, **options)
+        fit = RouterFit(steps=450, batch=8, lr=1e-2, expert_lr=1e-3, seed=seed, **options)
         record = train_routers(model, texts, fit)
         assert record["before"]["mean"]["dead"] >= 3
-        dead[name], losses[name] = record["after"]["mean"]["dead"], record["curve"][-1]
+        dead[name] = record["after"]["mean"]["dead"]
+        losses[name] = sum(record["curve"][-20:]) / 20
     assert dead["none"] >= 4
-    # Which single expert of the sixteen is late differs between machines; docs/fars.md has three seeds.
-    assert dead["prior"] <= 1
-    assert dead["balance"] <= 1.5
-    assert dead["tax"] <= 2
-    assert losses["prior"] < losses["none"] + 0.05
+    assert dead["prior"] == 0
+    # One expert of sixteen: none to two are late, and which differs between machines; docs/fars.md has thirteen seeds.
+    assert dead["balance"] <= 1
+    assert dead["tax"] <= 1.5
+    assert max(losses["prior"], losses["balance"], losses["tax"]) < losses["none"]
 
 
 def test_routers_are_taught_and_the_rest_is_left_alone(folders, tmp_path, texts):
