@@ -1,7 +1,5 @@
 """`tether generate` as a user meets it: three modes, individuals that come back, numbers in and out."""
 
-import sys
-
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -10,26 +8,14 @@ import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.numbers import NumericTokenizer
-from tether.cli.app import main
 
 PROMPT = "Rate 12.50 of 3,000"
 
 
 @pytest.fixture
-def generate(monkeypatch, capsys, work):
+def generate(monkeypatch, tether, work):
     monkeypatch.chdir(work)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tether", "generate", *map(str, arguments), "--new-tokens", "12"])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return lambda *arguments: tether("generate", *arguments, "--new-tokens", "12")
 
 
 @pytest.fixture

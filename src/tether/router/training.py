@@ -28,8 +28,8 @@ class RouterFit:
         steps: of the optimizer, >= 1.
         batch: windows a step, >= 1.
         lr: of the routers at the first step, > 0; falls linearly to 0.
-        expert_lr: of the experts, >= 0, falls likewise. At 0 they are frozen, and then their steps cost nothing: only forms
-            without a cost can be used.
+        expert_lr: of the experts, >= 0, falls likewise. At 0 they are frozen, and then their steps cost nothing:
+            only forms without a cost can be used.
         seed: of the order of windows.
     """
 
