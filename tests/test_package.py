@@ -14,15 +14,28 @@ def test_every_public_name_resolves():
         tether.learn_detla  # noqa: B018
 
 
-@pytest.mark.parametrize("order", ["import tether, transformers", "import transformers, tether"])
-def test_transformers_knows_the_model_type_whatever_is_imported_first(order):
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import tether, transformers",
+        "import transformers, tether",
+        # Leads through a config's docstring to the models' Auto module, long before AutoTokenizer can be had.
+        "import tether; from transformers import AutoTokenizer",
+        "from transformers import AutoTokenizer; import tether",
+    ],
+)
+@pytest.mark.parametrize("kind", ["CausalQwen", "Adapted"])
+def test_transformers_knows_the_model_types_whatever_is_imported_first(order, kind):
+    model_type = {"CausalQwen": "causal_qwen", "Adapted": "causal_qwen_adapted"}[kind]
     script = (
         f"{order}; from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "config = AutoConfig.for_model('causal_qwen')\n"
+        "from transformers.models.auto import modeling_auto\n"
+        "assert modeling_auto.AutoModelForCausalLM is AutoModelForCausalLM, 'was imported twice'\n"
+        f"config = AutoConfig.for_model({model_type!r})\n"
         "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["CausalQwenConfig", "CausalQwenForCausalLM"]
+    assert run.stdout.split() == [f"{kind}Config", f"{kind}ForCausalLM"]
 
 
 def test_import_tether_is_light():

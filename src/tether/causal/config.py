@@ -1,5 +1,6 @@
 """Configuration of the causal language model: a backbone's own config plus the causal head's fields."""
 
+from importlib import import_module
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -104,6 +105,8 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        # Registers the model with the Auto classes, which make a config before anything else.
+        import_module("tether.causal.modeling")
         if not self.latent_scale > 0 or not self.class_noise >= 0:
             raise ConfigError(
                 f"latent_scale={self.latent_scale}, class_noise={self.class_noise}: expected latent_scale > 0 "

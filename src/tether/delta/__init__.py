@@ -9,6 +9,7 @@ from types import ModuleType
 __all__ = [  # noqa: F822 - resolved below
     "adapter",
     "adapter_backbone",
+    "adapter_config",
     "adapter_drift",
     "adapter_learning",
     "adapter_serving",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from tether.delta.gate import Gate
 from tether.errors import CheckpointError, ConfigError
@@ -176,9 +177,6 @@ class Attached:
 
     def __init__(self, model: Any, name: str, config: Any, generator: torch.Generator | None = None) -> None:
         from peft import get_peft_model
-
-        # Here, not above: transformers' Auto module has tether's models registered once it is loaded, this one too.
-        from transformers import AutoModelForCausalLM
 
         self.slots: dict[str, str] = {}
         with torch.device("meta"):

@@ -14,37 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tether.cauchy.charts import CHARTS
-from tether.causal.config import CausalQwenConfig
 from tether.causal.leash import check_leash
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter import Adapter, Attached
 from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
+from tether.delta.adapter_config import AdaptedConfig
 from tether.delta.cache import backbone_print
 from tether.delta.gate import describe_gates, put_gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
-__all__ = ["AdaptedConfig", "AdaptedForCausalLM", "save_adapted", "serve"]
-
-
-@strict
-class AdaptedConfig(CausalQwenConfig):
-    """Fields of a model served with adapters.
-
-    Args:
-        base: where the base is: alias, hub id, absolute path, or path relative to the folder.
-    """
-
-    model_type = "causal_qwen_adapted"
-
-    base: str | None = None
+__all__ = ["AdaptedForCausalLM", "save_adapted", "serve"]
 
 
 class AdaptedForCausalLM(CausalQwenForCausalLM):
@@ -259,5 +245,4 @@ def save_adapted(
     return folder
 
 
-AutoConfig.register("causal_qwen_adapted", AdaptedConfig, exist_ok=True)
 AutoModelForCausalLM.register(AdaptedConfig, AdaptedForCausalLM, exist_ok=True)
