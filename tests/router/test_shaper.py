@@ -98,8 +98,8 @@ def test_loss_is_the_tax_on_the_models_own_logits(moe):
     assert_close(found, 0.02 * torch.stack(expected).mean())
 
 
-@pytest.mark.parametrize("top_k", [2, 8])
-def test_balance_is_the_tax_tempered_by_the_load_of_the_batch(top_k):
+@pytest.mark.parametrize(("top_k", "total"), [(2, 2), (8, 1)])
+def test_balance_is_the_tax_tempered_by_the_load_of_the_batch(top_k, total):
     moe = tiny_moe.build("qwen3_moe", num_experts_per_tok=top_k)
     optimizer = adam(moe)
     kept = torch.arange(48) % 12 < 9
@@ -112,7 +112,7 @@ def test_balance_is_the_tax_tempered_by_the_load_of_the_batch(top_k):
         mean = route_probability(z)[kept].mean(0)
         # Where every token uses every expert, the probabilities are the load.
         load = expert_load(z[kept].topk(top_k).indices, 8) if top_k < 8 else mean.detach()
-        expected.append(tax(mean, temper_cost(cost, load)))
+        expected.append(total * tax(mean, temper_cost(cost, load)))
     assert_close(found, 0.02 * torch.stack(expected).mean())
 
 

@@ -146,7 +146,7 @@ def test_shaping_revives_experts_where_half_start_starved(folders, tmp_path, tex
     dead, losses = {}, {}
     for name, options in {
         "none": {"form": "none"},
-        "balance": {"form": "balance", "lam": 0.05},
+        "balance": {"form": "balance", "lam": 0.025},
         "tax": {"form": "tax", "lam": 0.05},
         "prior": {"form": "prior", "lam": 0.05},
     }.items():

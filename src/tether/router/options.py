@@ -11,7 +11,7 @@ __all__ = ["COSTLY", "FORMS", "STRONG", "check_options", "inner_optimizer"]
 
 FORMS = {
     "tax": "lam * sum p c: mean probability times normalised cost",
-    "balance": "lam * sum p sqrt(c f): the tax with costs tempered by the load of the batch",
+    "balance": "lam * k * sum p sqrt(c f): the tax with costs tempered by the load of the batch, as strong as switch",
     "prior": "lam * KL(p || q), q towards cheap experts; with cost='uniform' plain balancing by entropy",
     "goodness": "lam * entropy of logits plus goodness; experimental: an entropy minimiser",
     "entropy": "the same with goodness 0, its control",

@@ -35,7 +35,8 @@ class RoutingShaper(RouterObserver):
             where the form needs no cost and no bias.
         form: one of `FORMS`.
         cost: one of `tether.router.cost.COSTS`.
-        lam: strength, finite, >= 0; useful from 0.003 to 0.03 for balance and tax.
+        lam: strength, finite, >= 0; useful from 0.003 to 0.03 for balance and tax. In `balance` it counts as in
+            `switch`, whose loads add up to k.
         every: steps between two readings of the cost, >= 1.
         sites: layers to shape; None finds them, () starts with none for `register_site`.
         z: strength of a z-loss added to the form, >= 0.

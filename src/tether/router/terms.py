@@ -106,7 +106,8 @@ def shaping_terms(
             elif form == "balance":
                 # Where every token uses every expert, only the probabilities say who works.
                 load = means[i].detach() if watch.site.top_k == watch.site.count else loads[i]
-                term = tax(means[i], temper_cost(cost, load, cap))
+                # Loads add up to k, as in Switch: so one lam pushes as hard in both.
+                term = load.sum() * tax(means[i], temper_cost(cost, load, cap))
             elif form == "prior":
                 term = prior_divergence(means[i], cost)
             else:
