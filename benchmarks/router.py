@@ -33,8 +33,6 @@ STARVED = {
     "prior by cost": Arm("prior", lam=0.05),
 }
 LATER = ("none", "balance")
-LEVEL = {"balance 0.015": Arm("balance", lam=0.015)}
-"""Its lam was chosen on seeds 0 to 7 of the bytes."""
 
 
 def rows(*, fast: bool) -> list[Row]:
@@ -62,7 +60,7 @@ def rows(*, fast: bool) -> list[Row]:
         "starved regression", regression, STARVED, seeds["starved"], starved=True, steps=800 // share
     )
     found += _compare(
-        "bytes", lambda arm, seed, **options: language(arm, seed, texts, **options), arms | LEVEL, seeds["bytes"],
+        "bytes", lambda arm, seed, **options: language(arm, seed, texts, **options), arms, seeds["bytes"],
         steps=300 // share,
     )  # fmt: skip
     found += _compare("regression, goodness", regression, entropies, seeds["regression"], steps=1200 // share)
@@ -121,7 +119,7 @@ def _accepted(found: list[Row]) -> list[Row]:
             (f"5: {arm}: dead of 8", starved["dead"]["ours"], 1.5, "<="),
             (f"5: {arm}: loss above none", starved["loss"]["difference"], -0.008, "<="),
         ]
-    for arm in ("direction 2", "balance", *LEVEL):
+    for arm in ("direction 2", "balance"):
         nats, violation = (rows[f"bytes: {arm}", m]["ours"] for m in ("loss", "max_violation"))
         checks += [
             (f"6: {arm}: loss above Switch", nats - rows["bytes: Switch", "loss"]["ours"], 0.01, "<="),
