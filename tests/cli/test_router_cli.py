@@ -49,7 +49,7 @@ def test_routes_among_deltas_and_writes_a_checkpoint_that_generates(folder, teth
     assert code == 0, err
     result = json.loads(out)
     assert 0 <= result["drift_base"] <= 0.02
-    assert set(result["shares"]) == {"digits", "capitals", "base"}
+    assert set(result["shares"]) == {"digits", "capitals", "base text"}
     code, out, err = tether("generate", "routed", "12.0 11.3")
     assert code == 0, err
     assert out.strip()
@@ -88,7 +88,15 @@ def test_a_routed_model_cannot_be_folded_into_plain_weights(folder, tether):
             ),
             "budget=0",
         ),
-        (("base", "digits.delta", "--moe", "--form", "fars"), "expected one of tax"),
+        (("base", "a", "--moe", "--text", "digits.jsonl", "--form", "fars"), "expected one of tax"),
+        (("base", "a", "--moe", "--text", "digits.jsonl", "--form", "bias"), "choose without it"),
+        (("base", "a", "--moe", "--text", "digits.jsonl", "--form", "switch"), "all 2 experts"),
+        (("base", "a", "--moe", "--steps", "3"), "--steps: no meaning with --moe and no --text"),
+        (("base", "a", "--moe", "--budget", "1"), "--budget: no meaning"),
+        (
+            ("base", "digits.delta", "--text", "digits.jsonl", "--form", "tax"),
+            "--form: no meaning without --moe",
+        ),
         (("base", "capitals.delta", "--moe"), "no config.json"),
     ],
 )

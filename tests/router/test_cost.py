@@ -200,12 +200,20 @@ def test_shuffling_keeps_the_costs(generator):
 
 
 @pytest.mark.parametrize(("rate", "within"), [(1.0, 0.0), (0.5, 0.1), (0.1, 0.2)])
-def test_lists_of_experts_cost_what_stacked_ones_do(rate, within):
+@pytest.mark.parametrize(
+    ("kind", "cost"),
+    [
+        (torch.optim.Adam, "information"),
+        (torch.optim.SGD, "information"),
+        (torch.optim.Adam, "snr"),
+        (torch.optim.Adam, "fisher"),
+    ],
+)
+def test_lists_of_experts_cost_what_stacked_ones_do(kind, cost, rate, within):
     # An optimizer skips a parameter without a gradient: its moments freeze, and only the running share of steps
     # lets its cost fall.
     stacked, separate = pair()
-    first = torch.optim.Adam(stacked.parameters(), lr=1e-3)
-    second = torch.optim.Adam(separate.parameters(), lr=1e-3)
+    first, second = (kind(module.parameters(), lr=1e-3) for module in (stacked, separate))
     readers = StateReader(first, find_experts(stacked, E)), StateReader(second, find_experts(separate, E))
     size = torch.tensor([1.0, 2.0, 0.5, 1.5])
     found, rates, generator = [], torch.tensor([1.0, rate, rate, 1.0]), torch.Generator().manual_seed(0)
@@ -216,15 +224,19 @@ def test_lists_of_experts_cost_what_stacked_ones_do(rate, within):
         step(first, readers[0])
         step(second, readers[1])
         if number > 100:
-            found.append(torch.stack([normalise_cost(r.read("information"), cap=100.0) for r in readers]))
+            found.append(torch.stack([normalise_cost(r.read(cost), cap=100.0) for r in readers]))
     means = torch.stack(found).mean(0)
     assert_close(means[1], means[0], rtol=max(within, 1e-5), atol=0)
 
 
 @pytest.mark.parametrize("layout", [0, 1])
-def test_a_starved_expert_costs_nothing_after_a_hundred_steps(layout):
+@pytest.mark.parametrize(
+    ("kind", "cost"),
+    [(torch.optim.Adam, "information"), (torch.optim.SGD, "information"), (torch.optim.Adam, "snr")],
+)
+def test_a_starved_expert_costs_nothing_after_a_hundred_steps(layout, kind, cost):
     modules = pair()
-    optimizers = [torch.optim.Adam(module.parameters(), lr=1e-3) for module in modules]
+    optimizers = [kind(module.parameters(), lr=1e-3) for module in modules]
     readers = [StateReader(o, find_experts(m, E)) for o, m in zip(optimizers, modules, strict=True)]
     hit = torch.ones(E)
     for number in range(120):
@@ -233,7 +245,8 @@ def test_a_starved_expert_costs_nothing_after_a_hundred_steps(layout):
         give(*modules, (torch.randn(E, D, D), torch.randn(E, D)), hit)
         for optimizer, reader in zip(optimizers, readers, strict=True):
             step(optimizer, reader)
-    assert float(normalise_cost(readers[layout].read("information"))[0]) < 1e-3
+    # The root of a root falls more slowly.
+    assert float(normalise_cost(readers[layout].read(cost))[0]) < (0.02 if cost == "snr" else 1e-3)
 
 
 @pytest.mark.parametrize("change", ["loss", "rate"])

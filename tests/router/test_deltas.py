@@ -121,7 +121,7 @@ def test_base_text_stays_within_the_budget(case, figures):
     shares = record["shares"]
     assert shares["digits"][0] > shares["digits"][1]
     assert shares["capitals"][1] > shares["capitals"][0]
-    assert sum(shares["base"]) < min(sum(shares["digits"]), sum(shares["capitals"]))
+    assert sum(shares["base text"]) < min(sum(shares["digits"]), sum(shares["capitals"]))
     assert all(cost > 0 for cost in record["static_costs"])
 
 

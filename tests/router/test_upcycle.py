@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import tiny
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.router import RouterFit, RoutingShaper, train_routers, upcycle
+from tether.router.mixture import mixture_config
 
 CONFIGS = {
     "qwen3": lambda **more: Qwen3Config(**(tiny.SIZES | {"head_dim": 8} | more)),
@@ -190,3 +191,17 @@ def test_frozen_experts_have_no_cost(folders, tmp_path, texts):
         train_routers(model, [], RouterFit())
     with RoutingShaper(model, form="none") as shaper:
         assert [site.count for site in shaper.sites] == [2, 2]
+
+
+def test_a_mixed_attention_and_weights_that_are_not_finite_are_refused(folders, tmp_path):
+    dense = AutoConfig.from_pretrained(folders / "qwen3-0")
+    dense.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="one kind of attention"):
+        mixture_config(dense, 2, 1)
+    model = AutoModelForCausalLM.from_pretrained(folders / "qwen3-1")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(CheckpointError, match="up_proj.* not finite"):
+        upcycle(folders / "qwen3-0", [tmp_path / "nan"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

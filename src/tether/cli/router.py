@@ -12,7 +12,18 @@ from tether.errors import ConfigError
 __all__ = ["route"]
 
 
+TOP_K = 2
+"""Experts a token of an upcycled mixture uses."""
+IDLE = {
+    "without --moe": ("form", "steps"),
+    "with --moe": ("budget", "base_text"),
+    "with --moe and no --text": ("budget", "base_text", "form", "steps", "tokens"),
+}
+"""Options without a meaning."""
+
+
 def route(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The base: of the deltas, or the dense checkpoint's folder.")],
     parts: Annotated[
         list[str], typer.Argument(help="Delta files; with --moe, folders of fine-tunes of the base.")
@@ -42,6 +53,9 @@ def route(
 
     check_free(out)
     texts = text or []
+    _check_options(
+        context, "without --moe" if not moe else "with --moe" if texts else "with --moe and no --text"
+    )
     if len(texts) != len(parts) and not (moe and not texts):
         raise ConfigError(
             f"{len(parts)} parts and {len(texts)} texts: expected --text once for each part, in their order"
@@ -54,6 +68,16 @@ def route(
         _mixture(model, parts, texts, out, form, steps, tokens, as_json)
     elif base_text is not None:
         _deltas(model, parts, texts, base_text, out, budget, tokens, as_json)
+
+
+def _check_options(context: typer.Context, case: str) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in IDLE[case]
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: no meaning {case}; leave it out")
 
 
 def _deltas(
@@ -123,21 +147,37 @@ def _mixture(
 
     if form not in FORMS:
         raise ConfigError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    if form == "bias":
+        raise ConfigError(
+            "form='bias': its bias on the choice is no weight of the model, and what is published would choose without "
+            "it; use balance, prior or switch"
+        )
+    count = len(parts) + 1
+    if form == "switch" and count <= TOP_K:
+        raise ConfigError(
+            f"form='switch': every token uses all {count} experts, where it is constant; use balance"
+        )
     base = resolve(model)
+    windows = []
+    if texts:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        # Before the copying: a text that is too short is found at once.
+        windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
     with reporter() as report:
-        upcycle(base, parts, out, on_step=report("copying experts"))
+        upcycle(base, parts, out, top_k=TOP_K, on_step=report("copying experts"))
         result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
         said = f"{out}: a mixture of {len(parts) + 1} experts"
         if texts:
-            tokenizer = AutoTokenizer.from_pretrained(out)
             mixture = AutoModelForCausalLM.from_pretrained(out)
-            windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
+            kept = mixture.dtype
+            # Taught in float32, where small steps are not rounded away, and published as it came.
+            mixture.float()
             record = train_routers(
                 mixture, windows, RouterFit(form=form, steps=steps), on_step=report("teaching routers")
             )
             manifest = (out / "tether.json").read_bytes()
             with publish_folder(out, replace=True) as folder:
-                mixture.save_pretrained(folder)
+                mixture.to(kept).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 (folder / "tether.json").write_bytes(manifest)
             result |= {key: record[key] for key in ("before", "after")}

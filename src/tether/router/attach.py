@@ -13,6 +13,8 @@ __all__ = ["Routes", "Site", "find_sites", "make_site"]
 
 ROUTERS = ("gate", "router")
 """What families call the router beside `experts`."""
+CORRECTIONS = ("e_score_correction_bias", "expert_bias")
+"""Names of the bias on the choice that goes with sigmoid scores."""
 
 
 class Routes(NamedTuple):
@@ -115,7 +117,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         The sites in the model's order.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one does not say how many experts a token uses.
     """
     sites = []
     for name, block in model.named_modules():
@@ -133,9 +135,17 @@ def find_sites(model: nn.Module) -> list[Site]:
                 for key in ("top_k", "num_experts_per_tok")
                 if isinstance(value := getattr(module, key, None), int)
             ),
-            len(weight),
+            None,
         )
-        sites.append(make_site(name, router, children["experts"], top_k=top_k))
+        if top_k is None:
+            raise ConfigError(
+                f"{name}: no top_k nor num_experts_per_tok on the layer or its router, so it is not known how many "
+                "experts a token uses; leave the search out with sites=() and name it with register_site(top_k=...)"
+            )
+        # Some keep the correction bias of sigmoid scores beside the router.
+        beside = {*dict(block.named_buffers(recurse=False)), *dict(block.named_parameters(recurse=False))}
+        gate = "sigmoid" if beside & set(CORRECTIONS) else None
+        sites.append(make_site(name, router, children["experts"], top_k=top_k, gate=gate))
     if not sites:
         raise ConfigError(
             f"{type(model).__name__}: no layer with 'experts' beside a 'gate' or 'router'; expected a mixture-of-"
@@ -186,7 +196,7 @@ def make_site(
         except (ConfigError, ShapeError) as error:
             reason = str(error)
     if gate is None:
-        gate = "sigmoid" if "e_score_correction_bias" in dict(router.named_buffers()) else "softmax"
+        gate = "sigmoid" if CORRECTIONS[0] in dict(router.named_buffers()) else "softmax"
     if renormalise is None:
         renormalise = bool(getattr(router, "norm_topk_prob", True))
     return Site(

@@ -71,12 +71,17 @@ class DeltaRouterFit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.budget) and self.budget > 0 and self.lr > 0):
+        if not all(math.isfinite(value) and value > 0 for value in (self.budget, self.lr)):
             raise ConfigError(f"budget={self.budget}, lr={self.lr}: expected finite numbers > 0")
-        if min(self.window, self.tokens, self.epochs, self.candidates, self.probe) < 1 or self.batch < 2:
+        if (
+            min(self.window, self.tokens, self.epochs, self.candidates, self.probe) < 1
+            or self.batch < 2
+            or self.sampled < 0
+        ):
             raise ConfigError(
                 f"window={self.window}, tokens={self.tokens}, epochs={self.epochs}, batch={self.batch}, "
-                f"candidates={self.candidates}, probe={self.probe}: expected positive numbers, and batch >= 2"
+                f"candidates={self.candidates}, sampled={self.sampled}, probe={self.probe}: expected positive numbers, "
+                "batch >= 2 (sampled may be 0)"
             )
 
 
@@ -142,7 +147,7 @@ def route_deltas(
     with torch.no_grad():
         shares = {
             name: _shares(fusion, part).mean(1).tolist()
-            for name, part in zip([*names, "base"], [*parts, probe], strict=True)
+            for name, part in zip([*names, "base text"], [*parts, probe], strict=True)
         }
     record |= {
         "budget": fit.budget, "factor": met.scale, "drift_base": met.drift, "shares": shares,

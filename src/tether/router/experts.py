@@ -92,7 +92,7 @@ def find_experts(module: nn.Module, count: int, name: str = "experts") -> Expert
         if wrong:
             raise ShapeError(
                 f"{name}: {wrong} do not have the {count} experts on their first axis; name the tensors yourself "
-                "with register_site(experts=Experts(...))"
+                "with register_site(parameters=Experts(...))"
             )
         stacked = tuple(p for p in module.parameters() if p.requires_grad)
         found = Experts(count, stacked, ((),) * count)

@@ -67,6 +67,10 @@ def empirical_fisher(
         return forward
 
     handles = [linear[name].register_forward_hook(watch(name)) for name in chosen]
+    # A frozen base is the usual case; gradients at its weights are asked for, not kept.
+    wanted = {name: linear[name].weight.requires_grad for name in chosen}
+    for name in chosen:
+        linear[name].weight.requires_grad_(True)
     try:
         for batch in batches:
             losses = token_losses(model, batch)
@@ -76,6 +80,8 @@ def empirical_fisher(
     finally:
         for handle in handles:
             handle.remove()
+        for name, kept in wanted.items():
+            linear[name].weight.requires_grad_(kept)
     if not tokens:
         raise ConfigError("no batch: expected at least one to estimate a Fisher from")
     if missing := [name for name in chosen if name not in touched]:

@@ -25,13 +25,15 @@ class RouteJournal:
         path: `.csv`, with the numbers, or `.jsonl`, with loads and gates too.
 
     Raises:
-        ConfigError: another suffix, or a CSV file with other columns.
+        ConfigError: another suffix, no such folder, or a CSV file with other columns.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.suffix not in {".csv", ".jsonl"}:
             raise ConfigError(f"{path}: expected a name that ends in .csv or .jsonl")
+        if not self.path.parent.is_dir():
+            raise ConfigError(f"{path}: no folder {self.path.parent}; make it first")
         if self.path.suffix == ".csv" and self.path.is_file():
             first = self.path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
             if first != ",".join(COLUMNS):

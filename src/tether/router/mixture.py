@@ -54,7 +54,8 @@ def mixture_config(dense: Any, experts: int, top_k: int) -> Any:
         A configuration of Qwen3Moe or Mixtral.
 
     Raises:
-        ConfigError: another family, biases that the mixture does not have, or numbers out of range.
+        ConfigError: another family, biases or a mixed attention that the mixture does not have, or numbers out of
+            range.
     """
     from transformers import AutoConfig
 
@@ -70,6 +71,12 @@ def mixture_config(dense: Any, experts: int, top_k: int) -> Any:
     biases = [key for key in ("attention_bias", "mlp_bias") if getattr(dense, key, False)]
     if biases and target.model_type == "mixtral":
         raise ConfigError(f"{', '.join(biases)}: Mixtral has no such biases; expected a model without them")
+    kinds = set(getattr(dense, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"layers of {' and '.join(sorted(kinds))}: {target.model_type} has one kind of attention in all layers; "
+            "expected a model without a window, or with one on every layer"
+        )
     kept = dense.to_dict()
     for key in (
         "model_type",
@@ -124,7 +131,8 @@ def upcycle(
 
     Raises:
         ConfigError: a family without a mixture, numbers out of range, or `out` is not empty.
-        CheckpointError: a folder cannot be read, or a fine-tune's MLP has other names or shapes than the base's.
+        CheckpointError: a folder cannot be read, a fine-tune's MLP has other names or shapes than the base's, or
+            weights are not finite.
     """  # noqa: DOC502 - ConfigError is raised by what it calls
     from transformers import AutoConfig, AutoTokenizer
 
@@ -149,11 +157,11 @@ def upcycle(
             for done, name in enumerate(reader.names, start=1):
                 found = MLP.match(name)
                 if found is None:
-                    writer.add(name, reader.tensor(name))
+                    writer.add(name, _finite(reader, name))
                 else:
                     block = f"{found['layer']}.{target.block}"
                     for row, other in enumerate(readers):
-                        tensor = other.tensor(name)
+                        tensor = _finite(other, name)
                         writer.add(f"{block}.experts.{row}.{target.parts[found['part']]}.weight", tensor)
                     if found["part"] == "gate_proj":
                         writer.add(f"{block}.gate.weight", _router(len(readers), tensor, generator))
@@ -171,6 +179,15 @@ def upcycle(
         }
         write_manifest(folder, Manifest(kind="mixture", inputs=tuple(inputs), recipe=recipe))
     return out
+
+
+def _finite(reader: CheckpointReader, name: str) -> Tensor:
+    tensor = reader.tensor(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{reader.path}: {name} has entries that are not finite; expected a sound checkpoint"
+        )
+    return tensor
 
 
 def _hash(reader: CheckpointReader) -> str:

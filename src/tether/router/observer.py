@@ -15,6 +15,7 @@ from tether.router.cost import PAPER, normalise_cost
 from tether.router.metrics import RouteStatistics, route_drift
 from tether.router.shaping import balanced_bias
 from tether.router.watch import (
+    CORRECTION,
     Watch,
     count_routes,
     first_choice,
@@ -72,13 +73,14 @@ class RouterObserver:
         self.steps = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._training: bool | None = None
+        self._sequences: int | None = None
         self._observed: dict[str, RouteStatistics] = {}
         self._watches: list[Watch] = []
         found = find_sites(model) if sites is None else sites
         # Everything is checked before the first hook is on the model.
         watches = [make_watch(site, form, cost, self.optimizer) for site in found]
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._begins),
+            model.register_forward_pre_hook(self._begins, with_kwargs=True),
             model.register_forward_hook(self._ends, always_call=True),
         ]
         if self.optimizer is not None:
@@ -125,6 +127,36 @@ class RouterObserver:
             )
         return {watch.site.name: watch.cost.clone() for watch in self._watches if watch.cost is not None}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what steps have taught: running shares and means, costs, the bias on the choice.
+
+        Returns:
+            Tensors and plain values by layer; save them beside the optimizer's state.
+        """
+        draws = self._generator.get_state()
+        return {
+            "steps": self.steps,
+            "draws": draws,
+            "layers": {w.site.name: w.state_dict() for w in self._watches},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was saved, with the same model, form and cost; load the optimizer's state as well.
+
+        Args:
+            state: of `state_dict`.
+
+        Raises:
+            ConfigError: it is of other layers.
+        """
+        names = [watch.site.name for watch in self._watches]
+        if list(state["layers"]) != names:
+            raise ConfigError(f"state of layers {list(state['layers'])}: expected that of {names}")
+        self.steps = state["steps"]
+        self._generator.set_state(state["draws"])
+        for watch in self._watches:
+            watch.load_state_dict(state["layers"][watch.site.name])
+
     def mark(self) -> None:
         """Take the last forward pass as the reference for drift; send the same tokens again to measure it."""
         for watch in self._watches:
@@ -139,7 +171,7 @@ class RouterObserver:
         """
         for watch in self._watches:
             held = self._observed.setdefault(watch.site.name, RouteStatistics(1, watch.site.count))
-            count_routes(held, needed_routes(watch), task_ids, mask)
+            count_routes(held, needed_routes(watch), task_ids, mask, self._sequences)
 
     def report(self, task_ids: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
         """Describe the routing, of the last forward pass or of all that `observe` counted.
@@ -159,7 +191,7 @@ class RouterObserver:
             held = counted.get(watch.site.name)
             if held is None:
                 held = RouteStatistics(1, watch.site.count)
-                count_routes(held, needed_routes(watch), task_ids, mask)
+                count_routes(held, needed_routes(watch), task_ids, mask, self._sequences)
             row = held.summary()
             routes = watch.routes()
             if watch.marked is not None and routes is not None and len(watch.marked) == len(routes.logits):
@@ -190,9 +222,11 @@ class RouterObserver:
         if self.form == "goodness":
             self._handles.append(watch.site.mixture.register_forward_hook(mixed))
 
-    def _begins(self, *_: Any) -> None:
+    def _begins(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if in_backward():
             return
+        inputs = [given.get("input_ids"), given.get("inputs_embeds"), *args[:1]]
+        self._sequences = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim() >= 2), None)
         self._training = torch.is_grad_enabled()
         for watch in self._watches:
             watch.restart(self._training)
@@ -203,15 +237,14 @@ class RouterObserver:
 
     def _routed(self, watch: Watch, output: Any) -> Any:
         routes, changed = watch.site.read(output), None
-        if watch.bias is not None and "e_score_correction_bias" not in dict(
-            watch.site.router.named_buffers()
-        ):
-            routes = watch.site.choose(routes.logits, watch.bias.to(routes.logits.device))
+        if watch.bias is not None and CORRECTION not in dict(watch.site.router.named_buffers()):
             if not isinstance(output, tuple):
                 raise ConfigError(
                     f"{watch.site.name}: the router gives logits alone and the layer chooses by itself, out of reach "
                     "of form='bias'; use form='switch'"
                 )
+            watch.check_choice(routes)
+            routes = watch.site.choose(routes.logits, watch.bias.to(routes.logits.device))
             changed = (output[0], routes.weights.to(output[1].dtype), routes.chosen)
         if in_backward():
             # A checkpoint computes the same tokens again.
@@ -237,8 +270,14 @@ class RouterObserver:
             if watch.reader is not None:
                 watch.reader.after_step()
             if watch.bias is not None:
+                if self.steps == 1 and not bool(watch.load.any()):
+                    raise ConfigError(
+                        f"{watch.site.name}: form='bias' counts the load in loss(), which was not called before this "
+                        "step; call it after each forward pass, though what it adds is 0"
+                    )
                 load = global_means([watch.load], 1.0)[0]
-                watch.bias.copy_(balanced_bias(watch.bias, load.to(watch.bias), self.rate))
+                watch.bias = balanced_bias(watch.bias, load.to(watch.bias), self.rate)
+                watch.put_bias()
                 watch.load = torch.zeros(watch.site.count)
         self._refresh(only_due=True)
 
@@ -250,14 +289,15 @@ class RouterObserver:
             raw = watch.reader.read(
                 "information" if self.cost in {"paper", "gradient"} else self.cost, self._generator
             )
+            # Nothing new, as where a rate has fallen to 0: the last cost stays.
             if raw is None:
-                watch.cost = None
-            elif self.cost in PAPER:
+                continue
+            if self.cost in PAPER:
                 watch.cost = raw.float() if bool(torch.isfinite(raw).all()) else None
             else:
                 # Tempered costs are capped once they are tempered.
                 watch.cost = normalise_cost(raw, math.inf if self.form == "balance" else self.cap)
-            if raw is not None and watch.cost is None and not watch.warned:
+            if watch.cost is None and not watch.warned:
                 watch.warned = True
                 logger.warning(
                     "%s: costs %s have no positive finite mean; this layer is not taxed until they have",

@@ -48,8 +48,8 @@ def check_options(form: str, cost: str, lam: float, every: int, z: float, rate: 
     for name, value in {"lam": lam, "z": z, "rate": rate}.items():
         if not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"{name}={value}: expected a finite number >= 0")
-    if every < 1 or not cap > 1:
-        raise ConfigError(f"every={every}, cap={cap}: expected every >= 1 and cap > 1")
+    if every != int(every) or every < 1 or not cap > 1:
+        raise ConfigError(f"every={every}, cap={cap}: expected a whole number >= 1 and cap > 1")
     if form == "tax" and cost == "uniform":
         raise ConfigError(
             "form='tax' with cost='uniform' is the constant lam, without a gradient; use form='prior' with it"

@@ -1,5 +1,6 @@
 """Teaches the routers of a mixture (and, slowly, its experts) on text, shaped by what experts cost."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,15 @@ def train_routers(
         `curve` (loss at each step), `before` and `after`: routing reports over windows of all tasks.
 
     Raises:
-        ConfigError: no text, or options that the shaper refuses.
+        ConfigError: no text, options that the shaper refuses, weights in half precision, or a loss that is not finite.
     """
     if not texts:
         raise ConfigError("no text: expected at least one to teach routers on")
+    if any(p.dtype not in {torch.float32, torch.float64} for p in model.parameters()):
+        # Steps of 1e-5 are below the last place of nearly every weight in bfloat16.
+        raise ConfigError(
+            "weights in half precision, where small steps round away: load with dtype=torch.float32"
+        )
     log = None if journal is None else RouteJournal(journal)
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with RoutingShaper(model, form="none") as watching:
@@ -105,6 +111,10 @@ def train_routers(
                 term = shaper.loss(mask, task_loss=loss if fit.form == "goodness" else None)
                 if log is not None and step % 20 == 0:
                     log.append(step, shaper.report(tasks, mask))
+                if not math.isfinite(loss.item()):
+                    raise ConfigError(
+                        f"step {step}: the loss is {loss.item()}; try a lower lr, or look at the weights"
+                    )
                 optimizer.zero_grad()
                 (loss + term).backward()
                 optimizer.step()

@@ -16,6 +16,7 @@ from tether.router.shaping import expert_load
 from tether.router.state import StateReader
 
 __all__ = [
+    "CORRECTION",
     "Watch",
     "count_routes",
     "first_choice",
@@ -25,6 +26,10 @@ __all__ = [
     "needed_routes",
     "world",
 ]
+
+
+CORRECTION = "e_score_correction_bias"
+"""Of DeepSeek's router: the bias on the choice as a buffer of its own."""
 
 
 class Watch:
@@ -40,7 +45,7 @@ class Watch:
         severed: whether the router ran without gradients inside a pass that has them.
         mixtures: outputs of the experts in that pass, where they are kept.
         cost: normalised costs, shape (E,), or None while there are none.
-        bias: on the choice, shape (E,), or None.
+        bias: on the choice, shape (E,), float32, or None.
         load: assignments since the last step, shape (E,).
         marked: first choices at a reference, shape (n,), or None.
     """
@@ -55,6 +60,7 @@ class Watch:
         self.warned = False
         self.bias: Tensor | None = None
         self.load = torch.zeros(site.count)
+        self.checked = False
         self.marked: Tensor | None = None
 
     def restart(self, training: bool) -> None:
@@ -76,6 +82,60 @@ class Watch:
         if not self.seen:
             return None
         return Routes(*(torch.cat(parts) for parts in zip(*self.seen, strict=True)))
+
+    def put_bias(self) -> None:
+        """Give the router its bias, where it has a place for it."""
+        buffer = dict(self.site.router.named_buffers()).get(CORRECTION)
+        if buffer is not None and self.bias is not None:
+            buffer.copy_(self.bias)
+
+    def check_choice(self, routes: Routes) -> None:
+        """Check, on the first pass, that a bias of 0 changes nothing: the router chooses as the site says.
+
+        Args:
+            routes: its own decision.
+
+        Raises:
+            ConfigError: it chooses or weighs in another way.
+        """
+        if self.checked:
+            return
+        mine = self.site.choose(routes.logits.detach(), None)
+        gates = [
+            torch.zeros_like(r.logits).scatter(1, r.chosen, r.weights.to(r.logits)) for r in (mine, routes)
+        ]
+        # Ties and half precision may change single tokens, another rule changes most.
+        if float(((gates[0] - gates[1]).abs().amax(1) > 0.02).float().mean()) > 0.02:
+            raise ConfigError(
+                f"{self.site.name}: the router does not choose the {self.site.top_k} largest of its "
+                f"{self.site.gate} with weights {'brought to sum 1' if self.site.renormalise else 'as they are'}, so "
+                "form='bias' would change what the model computes; use form='switch', or register_site with the "
+                "gate and renormalise that it has"
+            )
+        self.checked = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what steps have taught.
+
+        Returns:
+            Tensors and plain values.
+        """
+        return {
+            "cost": self.cost, "bias": self.bias, "reader": None if self.reader is None else self.reader.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was saved.
+
+        Args:
+            state: of `state_dict`.
+        """
+        self.cost, self.bias = (
+            None if state[key] is None else state[key].clone() for key in ("cost", "bias")
+        )
+        self.put_bias()
+        if self.reader is not None and state["reader"] is not None:
+            self.reader.load_state_dict(state["reader"])
 
     def count_load(self, mask: Tensor | None) -> Tensor:
         """Count the assignments of the last pass with gradients.
@@ -125,8 +185,8 @@ def make_watch(site: Site, form: str, cost: str, optimizer: Optimizer | None) ->
         watch.cost = torch.ones(site.count)
     if form == "bias":
         buffers = dict(site.router.named_buffers())
-        # DeepSeek's router has the bias itself.
-        watch.bias = buffers.get("e_score_correction_bias", torch.zeros(site.count))
+        # The buffer may be of few bits, in which small steps would be lost.
+        watch.bias = buffers.get(CORRECTION, torch.zeros(site.count)).detach().float().clone()
     return watch
 
 
@@ -198,7 +258,13 @@ def first_choice(routes: Routes) -> Tensor:
     return routes.chosen.gather(1, routes.weights.argmax(-1, keepdim=True)).squeeze(1)
 
 
-def count_routes(held: RouteStatistics, routes: Routes, task_ids: Tensor | None, mask: Tensor | None) -> None:
+def count_routes(
+    held: RouteStatistics,
+    routes: Routes,
+    task_ids: Tensor | None,
+    mask: Tensor | None,
+    sequences: int | None = None,
+) -> None:
     """Count decisions by task.
 
     Args:
@@ -206,15 +272,24 @@ def count_routes(held: RouteStatistics, routes: Routes, task_ids: Tensor | None,
         routes: the decisions.
         task_ids: task of each sequence or token, or None for one task.
         mask: which tokens count, or None.
+        sequences: how many the pass had, or None where that is not known.
 
     Raises:
-        ShapeError: ids for other sequences or tokens.
+        ShapeError: ids or a mask for other sequences or tokens.
     """
     n = len(routes.logits)
-    ids = torch.zeros(n, dtype=torch.int64) if task_ids is None else task_ids.reshape(-1).long().cpu()
-    if not len(ids) or n % len(ids):
+    if mask is not None and mask.numel() != n:
+        raise ShapeError(f"mask of {mask.numel()} tokens, the last pass had {n}: expected that pass' mask")
+    ids = (
+        torch.zeros(n, dtype=torch.int64)
+        if task_ids is None
+        else torch.as_tensor(task_ids).reshape(-1).long().cpu()
+    )
+    counts = {n, sequences} if sequences is not None else {k for k in range(1, n + 1) if n % k == 0}
+    if len(ids) not in counts:
         raise ShapeError(
-            f"{len(ids)} task ids for {n} tokens: expected one for each sequence or each token of the last pass"
+            f"{len(ids)} task ids for {n} tokens{f' of {sequences} sequences' if sequences else ''}: expected one "
+            "for each sequence or each token of the last pass"
         )
     ids = ids.repeat_interleave(n // len(ids))
     kept = slice(None) if mask is None else mask.reshape(-1).bool().cpu()
