@@ -202,6 +202,6 @@ def test_a_mixed_attention_and_weights_that_are_not_finite_are_refused(folders, 
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(CheckpointError, match="up_proj.* not finite"):
+    with pytest.raises(CheckpointError, match="entries that are not finite"):
         upcycle(folders / "qwen3-0", [tmp_path / "nan"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
