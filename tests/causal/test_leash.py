@@ -340,3 +340,18 @@ def test_a_leash_that_means_nothing_is_refused():
     fusion = Fusion(H, H, described)
     with pytest.raises(ConfigError, match="output head"):
         fusion.leashed(*torch.zeros(4, 2, H))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nats", [0.001, 0.05, 0.5])
+def test_a_leash_holds_with_gradients_as_without(dtype, nats):
+    base = CausalQwenForCausalLM.from_backbone(tiny.backbone().to(dtype))
+    fused = leashed(base, "symmetric", (nats, "softmax"), 200.0)
+    ids = torch.randint(256, (8, 24), generator=torch.Generator().manual_seed(5))
+    served = fused(input_ids=ids).logits
+    assert served.requires_grad
+    with torch.no_grad():
+        assert torch.equal(served, fused(input_ids=ids).logits)
+        found = softmax_kl(base(input_ids=ids).logits, served)
+    assert float(found.max()) <= nats * (1 + 1e-5)
+    assert float(found.max()) > 0.9 * nats

@@ -122,6 +122,66 @@ def test_a_forged_seal_is_found_by_recomputing(copy):
     assert "digits.bound.contexts" in wrong[1]
 
 
+@pytest.mark.parametrize("change", ["text", "claims", "no texts", "files", "more files"])
+def test_what_recomputing_would_pass_over_is_found_too(copy, change):
+    content = json.loads((copy / "cert.json").read_text())
+    if change == "text":
+        content["figures"]["wikipedia"] = content["figures"]["words"]
+    elif change == "claims":
+        content["claims"] = ["softmax KL is at most 0.001 on any text whatever"]
+    elif change == "no texts":
+        content["texts"], content["figures"] = {}, {}
+    elif change == "files":
+        content["model"]["files"].pop("config.json")
+    else:
+        (copy / "fused" / "more.safetensors").write_bytes(b"more")
+    (copy / "cert.json").write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
+    if change == "no texts":
+        with pytest.raises(CertificateError, match="at least one"):
+            verify(copy / "cert.json")
+    else:
+        assert verify(copy / "cert.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].clear(),
+        lambda c: c["model"].update(path=None),
+        lambda c: c["settings"].update(foo=1),
+        lambda c: c["texts"]["words"].clear(),
+    ],
+)
+def test_malformed_parts_cannot_be_read(copy, change):
+    content = json.loads((copy / "cert.json").read_text())
+    change(content)
+    (copy / "cert.json").write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
+    with pytest.raises(CertificateError):
+        verify(copy / "cert.json")
+
+
+def test_a_certificate_beside_its_model_is_no_part_of_it(made, copy):
+    from tether.causal.loading import load
+
+    fused, tokenizer = load(str(copy / "fused"))
+    base, _ = unfuse(fused)
+    for name in ("one.json", "two.json"):
+        certify(base, fused, tokenizer, copy / "words.jsonl", window=48).save(copy / "fused" / name)
+    assert verify(copy / "fused" / "one.json") == verify(copy / "fused" / "two.json") == []
+
+
+def test_another_backbone_under_the_deltas_is_no_fusion_of_the_base(copy):
+    from tether.causal.loading import load
+
+    fused, tokenizer = load(str(copy / "fused"))
+    base = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    certify(base, fused, tokenizer, copy / "words.jsonl", window=48)
+    with torch.no_grad():
+        fused.backbone.layers[0].mlp.up_proj.weight += 0.1
+    with pytest.raises(CertificateError, match="backbone"):
+        certify(base, fused, tokenizer, copy / "words.jsonl", window=48)
+
+
 @pytest.fixture(scope="module")
 def leashed(made, tmp_path_factory):
     """A certificate of a leashed model that wrote texts itself."""

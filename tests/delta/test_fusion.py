@@ -149,3 +149,45 @@ def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokeniz
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["a.delta"]
     assert (tmp_path / "a.delta").read_bytes() == b"earlier"
+
+
+def test_a_delta_of_another_latent_is_refused(model):
+    from tether.delta.cache import latent_print
+
+    delta = make(model)
+    known = Delta(**{**delta.__dict__, "record": delta.record | {"latent": latent_print(model)}})
+    fuse(model, {known: 1.0})
+    paper = CausalQwenForCausalLM.from_backbone(tiny.backbone(), preset="paper")
+    assert paper.config.base_fingerprint == model.config.base_fingerprint
+    with pytest.raises(CheckpointError, match="another latent"):
+        fuse(paper, {known: 1.0})
+
+
+def test_a_fusion_of_a_half_precision_base_is_kept_and_taken_apart_bit_for_bit(tmp_path):
+    from tether.causal.loading import load
+    from tether.delta.fusion import unfuse
+
+    tiny.backbone().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    base = CausalQwenForCausalLM.from_backbone(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
+    deltas = {make(base, name, seed): weight for name, seed, weight in (("a", 1, 1.0), ("b", 2, 0.5))}
+    fused = fuse(base, deltas)
+    save_checkpoint(fused, tiny.tokenizer(), tmp_path / "both")
+    again, _ = load(str(tmp_path / "both"))
+    assert again.backbone.dtype == torch.bfloat16
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, fused(input_ids=ids).logits)
+    own, parts = unfuse(again)
+    left = fuse(own, {delta: weight for delta, weight in parts.items() if delta.name != "a"})
+    wanted = fuse(base, {delta: weight for delta, weight in deltas.items() if delta.name != "a"})
+    for name, values in wanted.fusion.state_dict().items():
+        assert torch.equal(left.fusion.state_dict()[name], values), name
+
+
+@pytest.mark.parametrize("description", ["{}", "xx", '{"format": 1}'])
+def test_a_damaged_description_of_a_delta_is_refused(model, tmp_path, description):
+    from safetensors.torch import save_file
+
+    save_file({"second": torch.zeros(2, 2)}, tmp_path / "a.delta", {"tether.delta": description})
+    with pytest.raises(CheckpointError, match="damaged"):
+        Delta.load(tmp_path / "a.delta")

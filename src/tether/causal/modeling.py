@@ -45,6 +45,8 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
     """
 
     config_class = CausalQwenConfig
+    # The deltas of a fusion are float32 whatever the base is: they were measured so, and are taken out bit for bit.
+    _keep_in_fp32_modules_strict = ("fusion",)
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -215,8 +217,8 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
         else:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        # Scores that hold to a leash are the ones to serve; gradients go through those of the moved law.
-        serve = mode == "softmax" and return_logits and not torch.is_grad_enabled()
+        # Scores that hold to a leash are the ones to serve, with and without gradients.
+        serve = mode == "softmax" and return_logits
         loc, log_scale, _, scores, gates, gate_state = self.latent(
             hidden_states, mask, gate_state, kept, keep_scores=serve
         )
@@ -231,6 +233,10 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
         logits = scores
         if logits is None and return_logits:
             logits = self._logits(mode, loc, scale, latent)
+        elif logits is not None and torch.is_grad_enabled():
+            # Gradients go through the scores of the moved law; rounding may part them from those that were checked.
+            moved = self._logits(mode, loc, scale, latent)
+            logits = logits.detach() + (moved - moved.detach())
         losses: tuple[Tensor | None, ...] = (None, None, None)
         if labels is not None:
             values = numeric_values if value_labels is None else value_labels

@@ -163,6 +163,12 @@ def fuse(
         beside = " with --no-gate" if no_gate else ""
         raise ConfigError(f"--gate {gate}{beside}: expected one of {', '.join(GATES)}, or --no-gate")
     paths = dict(map(_weighted, deltas or []))
+    if len(paths) < len(deltas or []):
+        raise ConfigError("a delta is given twice: expected each once, with the weight that it shall have")
+    if leash is None and leash_metric != "softmax":
+        raise ConfigError(f"--leash-metric {leash_metric} without --leash: give the nats too")
+    if budget is None and budget_metric != "softmax":
+        raise ConfigError(f"--budget-metric {budget_metric} without --budget: give the nats too")
     if any(map(is_adapter, paths)):
         beyond = {"remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax"}
         if asked := [f"--{name}" for name, value in beyond.items() if value]:

@@ -1,6 +1,6 @@
 """`ledger`, and what `fuse` does with deltas: fuse, add to a fusion, take out of one, within a budget."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,11 +129,15 @@ def fuse_domains(
     allowance: dict[str, Any] | None = before.get("allowance")
     if budget is not None:
         allowance = {"nats": budget, "metric": budget_metric, "text": documents}
-    elif allowance is not None and added and documents != allowance["text"]:
+    elif (
+        allowance is not None
+        and _may_drift(before, added, chart, gated, gate, leash, remove)
+        and documents != allowance["text"]
+    ):
         raise ConfigError(
             f"the fusion has a budget of {allowance['nats']:g} nats ({allowance['metric']}), and "
             f"{'no --text' if text is None else f'another text ({text})'} was given: expected the text it was "
-            "declared on, to check what is added; or declare a new --budget"
+            "declared on, to check the change; or declare a new --budget"
         )
     fused = fuse(
         base, kept | added, chart=chart or before.get("chart", "symmetric"),
@@ -156,6 +160,22 @@ def fuse_domains(
     if drift is not None and allowance is not None:
         said += f"; mean drift {drift:.5g} of {allowance['nats']:g} nats ({allowance['metric']})"
     emit({"path": str(out), **described, "drift": drift}, as_json, said)
+
+
+def _may_drift(
+    before: dict[str, Any],
+    added: Mapping[Any, float],
+    chart: str | None,
+    gated: bool | None,
+    gate: str | None,
+    leash: float | None,
+    remove: Sequence[str],
+) -> bool:
+    # A tighter leash alone cannot add drift. Anything else can, a removal too: deltas may have cancelled.
+    held = before.get("leash")
+    looser = leash is not None and (leash == 0 or (held is not None and leash > held["nats"]))
+    changed = (chart or before["chart"]) != before["chart"] or (gate or before["gate"]) != before["gate"]
+    return bool(added or remove or looser or changed or (gated is not None and gated != before["gated"]))
 
 
 def _checked(fused: Any, tokenizer: Any, text: Path, allowance: dict[str, Any]) -> float:

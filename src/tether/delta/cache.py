@@ -24,6 +24,7 @@ __all__ = [
     "cache_states",
     "cached",
     "hidden_states",
+    "latent_print",
     "load_states",
 ]
 
@@ -121,6 +122,20 @@ def backbone_print(model: Any) -> str:
         The base's fingerprint, without what `align_latent` adds to it for another latent.
     """
     return str(model.config.base_fingerprint).partition("+")[0]
+
+
+def latent_print(model: Any) -> str:
+    """Give the fingerprint of a model's abduction: location, scale and axes of U, in whose units deltas move.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+
+    Returns:
+        A hash.
+    """
+    from tether.causal.loading import weights_fingerprint
+
+    return weights_fingerprint(model.abduction)
 
 
 @torch.no_grad()

@@ -18,7 +18,15 @@ from tether.delta.continuations import (
 )
 from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
-from tether.delta.record import CLAIMS, SCHEMA_VERSION, Certificate, Settings, read
+from tether.delta.record import (
+    CLAIMS,
+    SCHEMA_VERSION,
+    Certificate,
+    Settings,
+    check_fields,
+    is_certificate,
+    read,
+)
 from tether.delta.summary import summarise
 from tether.delta.windows import window_text
 from tether.errors import CertificateError, CheckpointError
@@ -69,6 +77,13 @@ def certify(
             f"base {str(model.config.base_fingerprint)[:19]}... and fused {str(fused.config.base_fingerprint)[:19]}... "
             "stand on different backbones: drift between them is not defined here; name the base it was fused from"
         )
+    # Adapters change the backbone; their folders are bound to its fingerprint when they are served.
+    parts = ["abduction", "action"] + ["backbone"] * (fused.config.fusion.get("kind") != "adapters")
+    if unlike := [part for part in parts if not _equal(model, fused, part)]:
+        raise CertificateError(
+            f"{', '.join(unlike)}: the weights are not those of the base, so drift is not what its deltas do "
+            "alone; name the base it was fused from"
+        )
     named = texts if isinstance(texts, Mapping) else {_name(texts): texts}
     # Every text is read before the first one is measured, so that bad input is found at once.
     documents = {
@@ -112,6 +127,13 @@ def compose(
     ).sealed()
 
 
+def _equal(model: Any, fused: Any, part: str) -> bool:
+    own, other = (dict(getattr(each, part).named_parameters()) for each in (model, fused))
+    return own.keys() == other.keys() and all(
+        values is other[name] or torch.equal(values, other[name].to(values)) for name, values in own.items()
+    )
+
+
 def _name(text: Any) -> str:
     return Path(text).stem if isinstance(text, str | Path) else "text"
 
@@ -151,13 +173,16 @@ def _variant(fused: Any) -> Variant:
     return Variant(tuple(fused.config.fusion["weights"]), fusion.chart, fusion.gated, *leash)
 
 
+def _model_files(folder: Path) -> list[str]:
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [p.relative_to(folder).as_posix() for p in found if not is_certificate(p)]
+
+
 def _describe_model(fused: Any) -> dict[str, Any]:
     folder = Path(fused.name_or_path) if fused.name_or_path else None
     files: dict[str, str] = {}
     if folder is not None and folder.is_dir():
-        files = {
-            p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()
-        }
+        files = {name: sha256_file(folder / name) for name in _model_files(folder)}
     return {
         "path": str(folder.absolute()) if files and folder else None,
         "base_fingerprint": fused.config.base_fingerprint,
@@ -180,11 +205,22 @@ def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | No
         CertificateError: the certificate cannot be read.
     """  # noqa: DOC502 - raised by read
     certificate = read(path)
+    check_fields(certificate)
     folder = Path(path).absolute().parent
     wrong = []
     if certificate.digest() != certificate.seal:
         wrong.append("the certificate was edited: its content does not match its seal")
     model = folder / certificate.model["path"]
+    if certificate.model["files"] and (
+        model.is_dir() and _model_files(model) != sorted(certificate.model["files"])
+    ):
+        wrong.append(f"{model} holds other files than those that are described")
+    if certificate.figures.keys() != certificate.texts.keys():
+        wrong.append(
+            f"figures of {list(certificate.figures)}, texts {list(certificate.texts)}: expected the same"
+        )
+    if certificate.schema_version == SCHEMA_VERSION and certificate.claims != CLAIMS:
+        wrong.append("the claims are not those of this kind of certificate")
     named = {str(model / file): sha256 for file, sha256 in certificate.model["files"].items()}
     named |= {str(folder / text["path"]): text["sha256"] for text in certificate.texts.values()}
     for file, sha256 in named.items():

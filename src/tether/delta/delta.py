@@ -95,8 +95,20 @@ class Delta:
             raise CheckpointError(
                 f"{path}: expected a delta file written by 'tether learn'; this is another safetensors"
             )
-        described = json.loads(text)
-        if described["format"] > FORMAT:
+        try:
+            described = json.loads(text)
+            known = (
+                described["format"],
+                described["name"],
+                described["chart"],
+                described["base"],
+                described["record"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: its description is damaged ({error}); take another copy"
+            ) from error
+        if not isinstance(known[0], int) or known[0] > FORMAT:
             raise CheckpointError(
                 f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
             )

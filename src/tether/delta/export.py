@@ -165,6 +165,9 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
 def _obstacles(fusion: Fusion, active: list[int]) -> list[str]:
     described = fusion.description
     reasons = []
+    if described.get("kind") == "adapters":
+        # Their folders are what plain PEFT reads, and there is no move of the head to look at.
+        return ["adapters in the backbone: their folders are PEFT's already; load or merge them there"]
     if fusion.gated:
         reasons.append("gates: each delta acts only in some contexts; fuse with --no-gate")
     if described.get("leash") is not None:

@@ -11,6 +11,7 @@ from tether.cauchy.charts import CHARTS
 from tether.causal.fused import Fusion
 from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.delta.cache import latent_print
 from tether.delta.delta import Delta
 from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
@@ -83,6 +84,13 @@ def fuse(
                 for delta in foreign
             )
         )
+    latent = latent_print(model)
+    moved = [delta.name for delta in deltas if delta.record.get("latent", latent) != latent]
+    if moved:
+        raise CheckpointError(
+            f"{', '.join(moved)}: learnt on the same backbone with another latent (scale, location or axes of U, which "
+            "convert --calibrate, --preset and training change), in whose units it moves: learn it again on this base"
+        )
     ungated = [delta.name for delta in deltas if delta.gate is None]
     if gated and ungated:
         raise ConfigError(
@@ -142,9 +150,9 @@ def _stack(deltas: list[Delta], fusion: Fusion) -> Fusion:
         # Columns of layers that this delta does not read stay zero.
         blocks = [0, *(1 + fusion.layers.index(layer) for layer in delta.layers)]
         columns = torch.cat([torch.arange(size) + size * block for block in blocks])
-        fusion.second[row][:, columns] = delta.second
+        fusion.second[row][:, columns] = delta.second.to(fusion.second.dtype)
         if not fusion.location_only and delta.first is not None:
-            fusion.first[row][:, columns] = delta.first
+            fusion.first[row][:, columns] = delta.first.to(fusion.first.dtype)
         if fusion.gated and delta.gate is not None:
             put_gate(fusion, row, delta.gate, f"delta {delta.name!r}")
     return fusion
@@ -171,6 +179,11 @@ def unfuse(
     fusion = model.fusion
     if fusion is None:
         raise ConfigError("the model has no fused deltas: expected one made by 'tether fuse'")
+    if model.config.fusion.get("kind") == "adapters":
+        raise ConfigError(
+            "the model is a fusion of adapters: serve those that are wanted again from their folders "
+            "('tether fuse BASE A.lora B.lora')"
+        )
     if model.config.fusion.get("router"):
         raise ConfigError(
             "the model routes among its deltas: expected a plain fusion; learn the router again ('tether route') "

@@ -145,6 +145,21 @@ def fit_gate(
     return Gate(fitted[0], fitted[1], threshold, fitted[2])
 
 
+def check_windows(count: int) -> None:
+    """Refuse a domain text that is too short for a gate; to be asked before the long part.
+
+    Args:
+        count: windows of the text.
+
+    Raises:
+        ConfigError: fewer than a gate is fitted on.
+    """
+    if count < FOLDS:
+        raise ConfigError(
+            f"{count} windows: a gate needs at least {FOLDS} windows of domain text; give more text"
+        )
+
+
 # Window means at every token, how many tokens each holds, and its document.
 def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
     windows = cache.windows
@@ -153,10 +168,7 @@ def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
     if int(groups.max()) + 1 < FOLDS:
         # A text in one document still has windows; they then play the documents' part.
         groups = torch.arange(len(first))
-    if len(groups) < FOLDS:
-        raise ConfigError(
-            f"{len(groups)} windows: a gate needs at least {FOLDS} windows of domain text; give more text or no gate"
-        )
+    check_windows(len(groups))
     means, counts, rows = [], [], []
     width = cache.states.shape[1] // (1 + len(cache.layers))
     for batch in windows.batches(BATCH):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
 from tether.delta.budget import AIM, Budget, meet_budget
-from tether.delta.cache import StateCache, cached
+from tether.delta.cache import StateCache, cached, latent_print
 from tether.delta.delta import Delta
-from tether.delta.gate import fit_gate
+from tether.delta.gate import check_windows, fit_gate
 from tether.delta.head import METRICS, Head, Reference, token_drift
 from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.source import Source, reference, set_aside, spread
@@ -66,6 +66,8 @@ def fit_delta(
         CheckpointError: states of another backbone than the model's, or of other layers than the anchor's.
     """  # noqa: DOC502 - raised by check_base
     check_base(model, domain, anchor.layers)
+    if fit.gate:
+        check_windows(len(domain.windows.starts) - 1)
     started = time.process_time()
     generator = torch.Generator().manual_seed(fit.seed)
     weight, bias = output_head(model)
@@ -98,6 +100,7 @@ def fit_delta(
         "tokens": len(source),
         "tokens_aside": 0 if watched is None else len(watched.targets),
         "layers": list(domain.layers),
+        "latent": latent_print(model),
         "versions": versions(),
     }
     if fit.budget.value is not None:

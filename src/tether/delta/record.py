@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tether.errors import CertificateError, ConfigError
 from tether.store.publish import write_json
 
-__all__ = ["CLAIMS", "SCHEMA_VERSION", "Certificate", "Settings", "read"]
+__all__ = [
+    "CLAIMS",
+    "SCHEMA_VERSION",
+    "Certificate",
+    "Settings",
+    "check_fields",
+    "is_certificate",
+    "read",
+]
 
 SCHEMA_VERSION = 3
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without."""
@@ -169,3 +177,47 @@ def read(path: str | Path) -> Certificate:
         raise CertificateError(
             f"{path}: not a certificate of schema {SCHEMA_VERSION} or below ({details}); certify again"
         ) from error
+
+
+def check_fields(certificate: Certificate) -> None:
+    """Check that the parts of a certificate have the fields that `verify` needs.
+
+    Args:
+        certificate: as it was read.
+
+    Raises:
+        CertificateError: one is missing or of another type; the message names it.
+    """
+    parts = [("model", certificate.model, {"path": str, "base_fingerprint": str, "files": dict})]
+    parts += [
+        (f"texts.{name}", text, {"path": str, "sha256": str, "documents": str})
+        for name, text in certificate.texts.items()
+    ]
+    for where, part, fields in parts:
+        for key, kind in fields.items():
+            if not isinstance(part.get(key), kind):
+                raise CertificateError(f"{where}.{key}: {part.get(key)!r}, expected a {kind.__name__}")
+    if not certificate.texts or not certificate.model["files"]:
+        raise CertificateError("no texts or no files of the model: expected at least one of each to check")
+    try:
+        Settings(**certificate.settings)
+    except (TypeError, ConfigError) as error:
+        raise CertificateError(f"settings: {error}") from error
+
+
+def is_certificate(path: Path) -> bool:
+    """Tell whether a file is a certificate, which is no part of a model it may lie beside.
+
+    Args:
+        path: an existing file.
+
+    Returns:
+        Whether it is.
+    """
+    if path.suffix != ".json":
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"seal", "claims", "figures"} <= content.keys()

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from tether.errors import CheckpointError, ConfigError
 
-__all__ = ["Folder", "config_for", "differing_tokens", "locate", "read_folder"]
+__all__ = ["TEMPLATES", "Folder", "config_for", "differing_tokens", "locate", "read_folder"]
 
 _TOKENIZER: Final = (
     "tokenizer.json",
@@ -28,6 +28,8 @@ _MODEL: Final = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+TEMPLATES: Final = "additional_chat_templates"
+"""Folder of the chat templates beside the default one."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -128,7 +130,7 @@ def read_folder(path: Path) -> Folder:
     return Folder(
         path,
         config,
-        tuple(there[name] for name in _TOKENIZER if name in there),
+        (*(there[name] for name in _TOKENIZER if name in there), *sorted((path / TEMPLATES).glob("*.jinja"))),
         tuple(there[name] for name in _MODEL if name in there),
     )
 

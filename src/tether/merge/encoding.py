@@ -1,5 +1,6 @@
 """Encode neurons on sampled paths: one streaming pass a model, one sample in memory at a time."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tether.causal.loading import weights_fingerprint
 from tether.causal.losses import IGNORE
 from tether.errors import ConfigError
 from tether.merge.packing import Pack, pack_sample, spread
@@ -74,7 +76,8 @@ def encode(
     description = {
         "samples": samples, "chunk": chunk, "weighting": weighting,
         "gamma": GAMMA.get(weighting) if gamma is None else gamma,
-        "gradients": gradients, "reference": reference is not None, "probes": probes_hash(bank.probes),
+        "gradients": gradients, "reference": None if reference is None else weights_fingerprint(reference),
+        "model": weights_fingerprint(model), "paths": _hash(bank), "probes": probes_hash(bank.probes),
         "modules": {name: module.out_features for name, module in modules.items()},
     }  # fmt: skip
     weights = path_weights(bank.log_prob, bank.lengths, weighting, gamma)
@@ -89,6 +92,13 @@ def encode(
         if on_step:
             on_step({"done": float(min(start + chunk, samples)), "total": float(samples)})
     return Signatures(folder)
+
+
+def _hash(bank: PathBank) -> str:
+    digest = hashlib.sha256()
+    for tensor in (bank.tokens, bank.lengths, bank.log_prob):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _claim(folder: Path, description: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def compare_vocabularies(recipe: Recipe, opened: dict[str, Opened]) -> tuple[lis
     problems, unknown = [], []
     for name, model in opened.items():
         # Maps of the vocabulary are made for two vocabularies that differ.
-        if name == donor or donor not in opened or recipe.inputs[name].align:
+        if name == donor or donor not in opened or _maps_vocabulary(recipe.inputs[name].align):
             continue
         try:
             difference = differing_tokens(opened[donor].folder, model.folder)
@@ -169,6 +169,13 @@ def compare_vocabularies(recipe: Recipe, opened: dict[str, Opened]) -> tuple[lis
         else []
     )
     return problems, notes
+
+
+def _maps_vocabulary(file: str | None) -> bool:
+    try:
+        return file is not None and "vocab" in read_maps(file)
+    except TetherError:
+        return True  # `align` says what is wrong with the file
 
 
 def align(recipe: Recipe, opened: dict[str, Opened]) -> tuple[dict[str, Coordinates], list[str]]:

@@ -100,6 +100,7 @@ class Request(NamedTuple):
         options: the operator's options for it.
         settings: model name to its settings for it.
         sources: model name to the canonical name and shape of its own tensor; absent where it has none.
+        tied: whether the result's head is its embedding.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Request(NamedTuple):
     options: BaseModel
     settings: Mapping[str, BaseModel]
     sources: Mapping[str, tuple[str, tuple[int, ...]]]
+    tied: bool = False
 
 
 def no_extras(request: Request) -> Mapping[str, Extra]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tether._version import __version__
 from tether.errors import ConfigError
+from tether.merge.conventions import compare_conventions
 from tether.merge.floats import BYTES
 from tether.merge.inputs import BLOCK, Coordinates
 from tether.merge.layout import Place, Shard, lay_out
@@ -22,7 +23,7 @@ from tether.merge.operators import OPERATORS
 from tether.merge.planner import Planner, Schemas, TensorPlan
 from tether.merge.recipe import Recipe
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "start_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,12 +121,14 @@ def make_plan(recipe: Recipe) -> Plan:
         problems += differing
     coordinates, misaligned = align(recipe, opened)
     problems += misaligned
+    unlike, said = compare_conventions(recipe, opened)
+    problems, notes = [*problems, *unlike], [*notes, *said]
     if len(opened) < len(recipe.inputs) or misaligned:
         raise _refusal(problems)
     planner = Planner(recipe, operator, opened, coordinates, schemas)
     tensors = planner.tensors()
     problems += planner.problems
-    problems += _unmatched(recipe, [tensor.name for tensor in tensors])
+    problems += _unmatched(recipe, tensors)
     problems += _missing_extras(tensors)
     if problems:
         raise _refusal(problems)
@@ -174,11 +177,11 @@ def _operator(recipe: Recipe) -> Operator:
             "base, or leave lambda out"
         )
     if recipe.check and recipe.check.solve_lambda:
-        start = recipe.options.get("lambda", 1.0)
         if not operator.scaled:
             scaled = ", ".join(name for name, each in OPERATORS.items() if each.scaled)
             raise ConfigError(f"check.solve_lambda: {operator.name} has no lambda; expected one of {scaled}")
-        if isinstance(start, int | float) and start <= 0:
+        start = start_of(recipe)
+        if start <= 0:
             raise ConfigError(
                 f"check.solve_lambda: options.lambda is {start}, where the search starts; expected > 0"
             )
@@ -198,6 +201,26 @@ def _operator(recipe: Recipe) -> Operator:
     return operator
 
 
+def start_of(recipe: Recipe) -> float:
+    """Give the lambda of a recipe.
+
+    Args:
+        recipe: of an operator that has one.
+
+    Returns:
+        It, 1 where it is left out.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    given = recipe.options.get("lambda", 1.0)
+    try:
+        # YAML reads 1e-1 as text.
+        return float(given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"options.lambda: {given!r}, expected a number") from error
+
+
 def _rescales(recipe: Recipe) -> bool:
     solved = recipe.check is not None and recipe.check.solve_lambda
     given = [recipe.options, *(override.options for override in recipe.overrides)]
@@ -209,8 +232,18 @@ def _bytes(tensor: TensorPlan) -> int:
     return prod(tensor.shape) * width
 
 
-def _unmatched(recipe: Recipe, names: list[str]) -> list[str]:
-    return [
+def _unmatched(recipe: Recipe, tensors: tuple[TensorPlan, ...]) -> list[str]:
+    names = [tensor.name for tensor in tensors]
+    merged = [tensor.name for tensor in tensors if not tensor.kept]
+    idle = [
+        f"overrides.{number}: every tensor that {override.match!r} matches is kept as it is, so its options have no "
+        "effect; leave it out, or have those tensors merged"
+        for number, override in enumerate(recipe.overrides)
+        if not override.keep
+        and any(fnmatchcase(name, override.match) for name in names)
+        and not any(fnmatchcase(name, override.match) for name in merged)
+    ]
+    return idle + [
         f"overrides.{number}: {override.match!r} matches no tensor of the result; its tensors are called like "
         f"{few(names)}"
         for number, override in enumerate(recipe.overrides)

@@ -136,14 +136,16 @@ class Planner:
         )
         dtype = DTYPES[self.recipe.dtype] if self.recipe.dtype and own.dtype in BYTES else own.dtype
         plan = TensorPlan(name=name, canonical=canonical, shape=own.shape, dtype=dtype, own=own)
-        keeping = [override for n in overrides if (override := self.recipe.overrides[n]).keep]
-        if keeping:
-            return self._kept(plan, keeping[-1], inside)
+        # Of several the last one holds: options behind a keep take the tensor into the merge again.
+        if overrides and (last := self.recipe.overrides[overrides[-1]]).keep:
+            return self._kept(plan, last, inside)
+        overrides = tuple(number for number in overrides if not self.recipe.overrides[number].keep)
         if own.dtype in COUNTING or (not inside and self.recipe.towers == "keep"):
             return _replaced(plan, kept=own)
         found = {each: self._counterpart(plan, each, inside) for each in self.needed}
         options, settings = self.schemas.get(overrides)
-        request = Request(name, canonical, own.shape, options, settings, self._own_names(canonical, found))
+        names = self._own_names(canonical, found)
+        request = Request(name, canonical, own.shape, options, settings, names, self.own.tied)
         return _replaced(
             plan,
             base=found.get(BASE) if self.from_base else None,

@@ -156,7 +156,11 @@ def _wrong_names(recipe: Recipe) -> list[str]:
     named = {"into": recipe.into, "tokenizer": recipe.tokenizer}
     for number, override in enumerate(recipe.overrides):
         named[f"overrides.{number}.keep"] = override.keep
-        named |= {f"overrides.{number}.models.{name}": name for name in override.models}
+        problems += [
+            f"overrides.{number}.models.{name}: not one of the models {', '.join(recipe.models)}"
+            for name in override.models
+            if name not in recipe.models
+        ]
         if override.keep is None and not override.options and not override.models:
             problems.append(f"overrides.{number}: changes nothing; give keep, options or models")
         if override.keep is not None and (override.options or override.models):

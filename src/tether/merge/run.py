@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, final
 
 from tether.errors import CheckpointError, ConfigError, TetherError
-from tether.merge.companions import config_for
+from tether.merge.companions import TEMPLATES, config_for
 from tether.merge.journal import Written
 from tether.merge.layout import index_json
-from tether.merge.plan import Plan, make_plan
+from tether.merge.plan import Plan, make_plan, start_of
 from tether.merge.recipe import Check, Recipe
 from tether.merge.scaling import Scaled, scale_to_budget
 from tether.merge.staging import Staging, refuse_occupied, staged
 from tether.merge.stream import stream
 from tether.merge.survey import survey
+from tether.store.hashing import sha256_file
 from tether.store.manifest import Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import write_json
 
@@ -129,7 +130,7 @@ def _publish_scaled(work: _Work, plan: Plan, wanted: Check, measure: Measure) ->
         return drift
 
     assert wanted.accept is not None  # read_recipe refuses solve_lambda without it
-    found = scale_to_budget(drift_at, wanted.accept, start=plan.recipe.options.get("lambda", 1.0))
+    found = scale_to_budget(drift_at, wanted.accept, start=start_of(plan.recipe))
     # No factor that was tried keeps the budget: the smallest one shows by how much.
     scale = min(measured) if found.scale is None else found.scale
     # The bytes are those that were measured, so nothing needs to be measured again.
@@ -198,17 +199,29 @@ def _record(recipe: Recipe) -> dict[str, Any]:
 
 
 def _inputs(plan: Plan, fingerprints: dict[str, str]) -> tuple[Input, ...]:
-    return tuple(
+    models = [
         Input(role=name, path=plan.recipe.inputs[name].path, sha256=fingerprint)
         for name, fingerprint in fingerprints.items()
-    )
+    ]
+    # Whatever else the result rests on: another Gram matrix or another check text makes another merge.
+    files = {
+        str(extra.file): "statistics" for tensor in plan.tensors for extra in (tensor.extras or {}).values()
+    }
+    files |= {model.align: "maps" for model in plan.recipe.inputs.values() if model.align}
+    files |= dict.fromkeys((plan.recipe.check.text if plan.recipe.check else {}).values(), "check text")
+    donor = plan.opened[plan.recipe.tokenizer or plan.recipe.skeleton].folder
+    own = plan.opened[plan.recipe.skeleton].folder
+    files |= {str(file): "companion" for file in (*donor.tokenizer, *own.model)}
+    return (*models, *(Input(role=role, path=path, sha256=sha256_file(path)) for path, role in files.items()))
 
 
 def _carry(plan: Plan, folder: Path) -> None:
     own = plan.opened[plan.recipe.skeleton].folder
     donor = plan.opened[plan.recipe.tokenizer or plan.recipe.skeleton].folder
     for file in (*donor.tokenizer, *own.model):
-        (folder / file.name).write_bytes(file.read_bytes())
+        place = folder / TEMPLATES / file.name if file.parent.name == TEMPLATES else folder / file.name
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(file.read_bytes())
     if own.config:
         write_json(folder / "config.json", config_for(own.config, plan.recipe.dtype))
 

@@ -18,6 +18,7 @@ from tether.merge.layout import Place
 from tether.merge.operator import Floats
 from tether.merge.plan import Plan
 from tether.merge.planner import TensorPlan
+from tether.merge.recipe import BASE
 from tether.merge.staging import Staging
 
 __all__ = ["stream"]
@@ -116,7 +117,8 @@ class _Worker:
     def _merged(self, tensor: TensorPlan, place: Place) -> Written:
         inputs = self._inputs(tensor)
         values = self._kept_values(tensor.kept, inputs) if tensor.kept else self.plan.operator.apply(inputs)
-        reference = tensor.base or tensor.own
+        # Rounding is told against a parent; one in other coordinates has none of these values in its file.
+        reference = tensor.own if tensor.base is None or BASE in self.plan.coordinates else tensor.base
         digest = hashlib.sha256()
         done = 0
         lost = changed = 0.0

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from tether.errors import CheckpointError
+from tether.errors import CheckpointError, ConfigError
 from tether.merge.axes import layer_of
 from tether.merge.operator import Extra, Floats, Operator, Request, Settings, TensorInputs
 from tether.merge.recipe import BASE
@@ -50,9 +50,16 @@ def extras(request: Request) -> Mapping[str, Extra]:
 
     Raises:
         CheckpointError: If a linear layer's matrix is missing.
+        ConfigError: If `head` names what is not the head of the models.
     """  # noqa: DOC502 - raised by _located
     module, _, kind = request.canonical.rpartition(".")
     assert isinstance(request.options, Options)
+    fits = "embed_tokens" if request.tied else "lm_head"
+    if request.canonical == "embed_tokens.weight" and request.options.head not in {None, fits}:
+        raise ConfigError(
+            f"options.head is {request.options.head}, but the head of these models is {fits}: what multiplies the "
+            f"head's inputs; give {fits}, or leave head out"
+        )
     head = module == request.options.head
     linear = module.endswith("_proj") and layer_of(request.canonical) is not None
     if kind != "weight" or not (linear or head):
