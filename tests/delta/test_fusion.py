@@ -191,3 +191,16 @@ def test_a_damaged_description_of_a_delta_is_refused(model, tmp_path, descriptio
     save_file({"second": torch.zeros(2, 2)}, tmp_path / "a.delta", {"tether.delta": description})
     with pytest.raises(CheckpointError, match="damaged"):
         Delta.load(tmp_path / "a.delta")
+
+
+def test_gates_refuse_ways_to_write_that_take_tokens_back(model):
+    fused = fuse(model, {make(model): 1.0})
+    ids = torch.arange(3, 23).view(1, 20)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 8}, {"assistant_model": model}):
+        with pytest.raises(ConfigError, match="take tokens back"):
+            fused.generate(ids, max_new_tokens=2, **options)
+    first = fused.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(ConfigError, match="gate_state"):
+        fused.generate(first.sequences, max_new_tokens=2, past_key_values=first.past_key_values)
+    plain = fuse(model, {make(model): 1.0}, gated=False)
+    assert plain.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=3).shape == (1, 22)

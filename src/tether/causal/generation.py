@@ -43,6 +43,10 @@ def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.gather(1, order) for tensor in (mask, *aligned)]
 
 
+REPLAYING = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+"""Options of the stock loop that cut a text or take tokens back."""
+
+
 class CausalGeneration(GenerationMixin):  # type: ignore[misc]
     """What `CausalQwenForCausalLM` adds to transformers' generation loop."""
 
@@ -131,7 +135,8 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
 
         Raises:
             ConfigError: unknown mode; noise or truncation in another mode; truncation outside [0, 1]; beam
-                search with gates or numbers; numbers without `<NUM>`.
+                search with gates or numbers; numbers without `<NUM>`; with gates or adapters, assisted generation,
+                prompts in chunks, or a cache without the gates' state.
             ShapeError: noise for another batch or latent size; numbers of another shape.
         """  # noqa: DOC502 - raised by what it calls
         if mode not in MODES:
@@ -147,6 +152,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
 
         beams, returns = option("num_beams") or 1, option("num_return_sequences") or 1
         self._check_beams(beams, mode, option("suppress_tokens") or [])
+        self._check_memory({name: kwargs.get(name) or option(name) for name in REPLAYING}, kwargs)
         if mode != "softmax":
             kwargs = {"do_sample": False} | kwargs | {"mode": mode}
         if option("do_sample") and option("top_k") is None:
@@ -190,6 +196,23 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         if streamer.prompt_values is None and not streamer.skip_prompt:
             streamer.prompt_values = values
         return Trail(values, self.config.num_token_id, streamer.values)
+
+    def _check_memory(self, replaying: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        gated = self.fusion is not None and self.fusion.gated
+        if not gated and (self.config.fusion or {}).get("kind") != "adapters":
+            return
+        what = "gates" if gated else "adapters"
+        if asked := [name for name, value in replaying.items() if value]:
+            raise ConfigError(
+                f"{', '.join(asked)} with {what}, which remember the text token by token: these options cut it or take "
+                "tokens back; leave them out"
+            )
+        cache = kwargs.get("past_key_values")
+        if gated and cache is not None and cache.get_seq_length() and kwargs.get("gate_state") is None:
+            raise ConfigError(
+                "past_key_values of an earlier text without its gate_state: the gates would not know that text; pass "
+                "both, as the model's output gives them, or the whole text again"
+            )
 
     def _check_beams(self, beams: int, mode: str, suppressed: list[int]) -> None:
         if beams <= 1:

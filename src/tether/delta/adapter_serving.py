@@ -95,6 +95,8 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         Raises:
             ConfigError: more than one beam.
         """
+        given = [config for config in (options.get("generation_config"), *inputs[1:2]) if config is not None]
+        num_beams = max([num_beams, *(getattr(config, "num_beams", None) or 1 for config in given)])
         if num_beams != 1:
             raise ConfigError(
                 f"num_beams={num_beams}: a model with adapters writes with one beam; leave it out"
