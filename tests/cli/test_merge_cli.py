@@ -77,6 +77,13 @@ def test_a_dry_run_writes_nothing(work, recipe, tether):
     assert sorted(work.rglob("*")) == before
 
 
+def test_a_dry_run_says_that_the_check_could_not_be_done(recipe, tether):
+    path = recipe(out="result", check={"text": {"gone": "gone.jsonl"}})
+    code, _, err = tether(path, "--dry-run")
+    assert code == 2
+    assert "gone.jsonl" in err
+
+
 def test_a_dry_run_needs_neither_torch_nor_transformers(work, recipe):
     script = (
         "import sys; sys.argv = ['tether', 'merge', sys.argv[1], *sys.argv[2:]]\n"

@@ -77,7 +77,7 @@ def run(
     """Merge whole models; a stopped merge goes on. Exit 1: over the budget, nothing published."""
     from tether.merge.plan import make_plan
     from tether.merge.recipe import read_recipe
-    from tether.merge.run import merge
+    from tether.merge.run import check_possible, merge
 
     asked = read_recipe(recipe)
     if accept is not None:
@@ -93,6 +93,7 @@ def run(
         raise ConfigError(f"recipe {recipe} has no out; give --out FOLDER")
     plan = make_plan(asked)
     if dry_run:
+        check_possible(plan)
         emit(plan.summary(), as_json, _described(plan.summary()))
         return
     assert target is not None

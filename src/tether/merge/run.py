@@ -21,7 +21,7 @@ from tether.store.hashing import sha256_file
 from tether.store.manifest import Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import write_json
 
-__all__ = ["REPORT", "merge"]
+__all__ = ["REPORT", "check_possible", "merge"]
 
 REPORT = "merge.json"
 """The file in a merged model's folder: what rounding lost, each tensor's hash, how it was checked."""
@@ -148,6 +148,19 @@ def _tried(scale: float, found: Scaled) -> dict[str, Any]:
 
 def _with_lambda(plan: Plan, scale: float) -> Plan:
     return make_plan(plan.recipe.model_copy(update={"options": plan.recipe.options | {"lambda": scale}}))
+
+
+def check_possible(plan: Plan) -> None:
+    """Refuse a plan whose check could not be done, as `merge` does before its long part.
+
+    Args:
+        plan: from ``make_plan``.
+
+    Raises:
+        ConfigError: If a text cannot be read, or a model has no config or tokenizer.
+    """  # noqa: DOC502 - raised by _measure
+    if plan.recipe.check:
+        _measure(plan, plan.recipe.check, lambda name: lambda values: None)
 
 
 # Make sure that the check can be done, and give the function that does it.
