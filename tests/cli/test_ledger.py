@@ -143,7 +143,14 @@ def test_an_addition_that_breaks_the_budget_is_refused(tether, work):
         assert said in err
     code, out, _ = tether("fuse", "within", "code.delta=0.01", "--text", "general.jsonl", "--out", "small")
     assert code == 0
-    code, out, _ = tether("fuse", "small", "--remove", "code", "--out", "less", "--json")
+    # A removal can add drift where deltas cancelled; a tighter leash cannot.
+    for change in (["--remove", "code"], ["--chart", "linear"], ["--gate", "one-class"]):
+        assert "no --text" in tether("fuse", "small", *change, "--out", "less")[2]
+    assert tether("fuse", "small", "--leash", "0.5", "--out", "tighter")[0] == 0
+    assert "no --text" in tether("fuse", "tighter", "--leash", "0", "--out", "looser")[2]
+    code, out, _ = tether(
+        "fuse", "small", "--remove", "code", "--text", "general.jsonl", "--out", "less", "--json"
+    )
     assert json.loads(out)["allowance"]["metric"] == "latent"
 
 

@@ -174,8 +174,9 @@ def _may_drift(
     # A tighter leash alone cannot add drift. Anything else can, a removal too: deltas may have cancelled.
     held = before.get("leash")
     looser = leash is not None and (leash == 0 or (held is not None and leash > held["nats"]))
-    changed = (chart or before["chart"]) != before["chart"] or (gate or before["gate"]) != before["gate"]
-    return bool(added or remove or looser or changed or (gated is not None and gated != before["gated"]))
+    chosen = {"chart": chart, "gate": gate, "gated": gated}
+    changed = any(value is not None and value != before.get(key, value) for key, value in chosen.items())
+    return bool(added or remove or looser or changed)
 
 
 def _checked(fused: Any, tokenizer: Any, text: Path, allowance: dict[str, Any]) -> float:
