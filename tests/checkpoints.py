@@ -67,3 +67,16 @@ def tuned(tensors, seed, size=0.1):
         name: (values + size * draw.standard_normal(values.shape)).astype(values.dtype)
         for name, values in tensors.items()
     }
+
+
+def family(folder, config, tokens):
+    """Write a parent and two fine-tunes; gives a recipe's fields for them."""
+    parent = decoder()
+    save(folder / "c", parent, config, tokens)
+    for seed, name in enumerate("ab", start=1):
+        save(folder / name, tuned(parent, seed), config, tokens)
+    return {
+        "operator": "task_arithmetic",
+        "base": {"path": str(folder / "c")},
+        "models": {name: {"path": str(folder / name), "weight": 0.5} for name in "ab"},
+    }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from checkpoints import LLAMA, decoder, plan, save, tuned
+from checkpoints import LLAMA, decoder, family, plan, save, tuned
 from tether.errors import ConfigError
 from tether.merge.run import merge
 from tether.store.reader import CheckpointReader
@@ -20,15 +20,7 @@ TOKENS = list("abcdefghij")
 
 @pytest.fixture
 def models(tmp_path):
-    parent = decoder()
-    save(tmp_path / "c", parent, FULL, TOKENS)
-    for seed, name in enumerate("ab", start=1):
-        save(tmp_path / name, tuned(parent, seed), FULL, TOKENS)
-    return {
-        "operator": "task_arithmetic",
-        "base": {"path": str(tmp_path / "c")},
-        "models": {name: {"path": str(tmp_path / name), "weight": 0.5} for name in "ab"},
-    }
+    return family(tmp_path, FULL, TOKENS)
 
 
 @pytest.mark.parametrize(

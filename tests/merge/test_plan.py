@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from checkpoints import LLAMA, decoder, plan, save, tuned, write_recipe
+from checkpoints import LLAMA, decoder, family, plan, save, tuned, write_recipe
 from tether.errors import CheckpointError, ConfigError
 from tether.merge import survey as surveying
 from tether.merge.plan import make_plan
@@ -21,15 +21,7 @@ TOKENS = list("abcdefghij")
 @pytest.fixture
 def models(tmp_path):
     """A parent and two fine-tunes, and a recipe for them."""
-    parent = decoder()
-    save(tmp_path / "c", parent, LLAMA, TOKENS)
-    for seed, name in enumerate("ab", start=1):
-        save(tmp_path / name, tuned(parent, seed), LLAMA, TOKENS)
-    return {
-        "operator": "task_arithmetic",
-        "base": {"path": str(tmp_path / "c")},
-        "models": {name: {"path": str(tmp_path / name), "weight": 0.5} for name in "ab"},
-    }
+    return family(tmp_path, LLAMA, TOKENS)
 
 
 def refused(folder, fields, *parts):
