@@ -244,6 +244,17 @@ def test_regression_mean_solves_each_linear_layer(tmp_path):
         torch.testing.assert_close(torch.from_numpy(merged[name]).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tied", "head"), [(True, "lm_head"), (False, "embed_tokens")])
+def test_a_head_that_is_not_that_of_the_models_is_refused(tmp_path, tied, head):
+    for seed, name in enumerate("ab"):
+        each = tuned(decoder(head=not tied), seed)
+        save(tmp_path / name, each, LLAMA | {"tie_word_embeddings": tied})
+        grams(tmp_path / f"grams-{name}", each, seed)
+    models = {name: {"path": str(tmp_path / name), "grams": str(tmp_path / f"grams-{name}")} for name in "ab"}
+    with pytest.raises(ConfigError, match=f"options.head is {head}, but"):
+        plan(tmp_path, operator="regression_mean", models=models, options={"head": head})
+
+
 def test_regression_mean_scales_its_change_from_a_parent(tmp_path):
     tensors = {"base": decoder(), "a": tuned(decoder(), 1), "b": tuned(decoder(), 2)}
     models = {}

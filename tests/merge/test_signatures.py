@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -115,6 +116,17 @@ def test_goes_on_where_it_stopped(model, bank, tmp_path):
     assert_close(again.loss, whole.loss)
     with pytest.raises(ConfigError, match="another weighting"):
         encode(model, bank, tmp_path / "whole", chunk=1, weighting="mean", gamma=0.9)
+
+
+def test_signatures_of_another_model_or_of_other_paths_are_not_taken_up(model, bank, tmp_path):
+    encode(model, bank, tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    with pytest.raises(ConfigError, match="another model"):
+        encode(other, bank, tmp_path)
+    with pytest.raises(ConfigError, match="another paths"):
+        encode(model, bank._replace(tokens=bank.tokens + 1), tmp_path)
 
 
 def test_only_statistics_are_stored_and_parameters_are_as_before(model, bank, tmp_path):
