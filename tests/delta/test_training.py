@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import tiny
 from tether.cauchy.divergence import drift
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget, cvar
 from tether.delta.cache import cache_states
 from tether.delta.fusion import fuse
@@ -128,11 +129,10 @@ def test_what_comes_back_are_the_heads_of_the_best_look(model, caches):
     training = Training(
         Fit(budget=Budget(value=5.0), epochs=60, batch=64, lr=2e-2, patience=6, probe=1000),
         source,
-        base,
+        Anchor(base, base, output_fisher(weight, base.loc), ""),
         CandidateSoftmax(
             weight, torch.rand(258, generator=torch.Generator().manual_seed(0)), size=200, sampled=32
         ),
-        output_fisher(weight, base.loc),
         torch.Generator().manual_seed(0),
         Aside(other.some(10_000), other.targets),
     )

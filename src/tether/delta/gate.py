@@ -197,47 +197,90 @@ class _Spread(NamedTuple):
             **dict(zip(("variance", "outside"), (v.clamp(min=NARROWEST) for v in drawn), strict=True))
         )
 
-    def distance(self, samples: Tensor) -> Tensor:
-        away = samples.double() - self.center
-        squares = (away @ self.direction.T).square()
-        rest = (away.square().sum(-1) - squares.sum(-1)).clamp(min=0)
-        return squares @ (1 / self.variance) + rest / self.outside
+    # Squares along each direction, and of all that is left: the same for every share.
+    def squares(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        away = samples - self.center
+        along = (away @ self.direction.T).square_()
+        return along, (away.square_().sum(-1) - along.sum(-1)).clamp_(min=0)
+
+    def distance(self, along: Tensor, rest: Tensor) -> Tensor:
+        return along @ (1 / self.variance) + rest / self.outside
 
     def log_det(self) -> Tensor:
         return self.variance.log().sum() + (len(self.center) - len(self.variance)) * self.outside.log()
 
 
+class _Moments(NamedTuple):
+    """Sums over samples, from which those without a fold are a difference."""
+
+    count: int
+    total: Tensor  # (H,)
+    products: Tensor  # (H, H)
+
+    @classmethod
+    def of(cls, samples: Tensor) -> "_Moments":
+        return cls(len(samples), samples.sum(0), samples.T @ samples)
+
+    def without(self, part: "_Moments") -> "_Moments":
+        return _Moments(self.count - part.count, self.total - part.total, self.products - part.products)
+
+    def spread(self, rank: int) -> _Spread:
+        center = self.total / self.count
+        gram = self.products - self.count * torch.outer(center, center)
+        value, vector = torch.linalg.eigh(gram / max(self.count - 1, 1))
+        variance, outside = _kept(value, self.count, len(center), rank)
+        return _Spread(center, vector[:, -len(variance) :].T, variance, outside)
+
+
 # Statistics of one stage (center, whitening, precision), and each sample's distance without its own fold.
 def _fit_stage(samples: Tensor, fold: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    middle = samples.double().mean(0)
+    # Around the common mean, so that differences of sums lose nothing.
+    samples = samples.double() - middle
+    parts = {number: fold == number for number in fold.unique().tolist()}
+    moments: dict[int, _Moments] = {}
+    if len(samples) > 2 * samples.shape[1]:
+        moments = {number: _Moments.of(samples[out]) for number, out in parts.items()}
+        every = _Moments(
+            len(samples),
+            *(torch.stack(v).sum(0) for v in zip(*(m[1:] for m in moments.values()), strict=True)),
+        )
     total: Tensor = torch.zeros(len(SHARES), dtype=torch.float64)
     distances = torch.zeros(len(SHARES), len(samples), dtype=torch.float64)
-    for number in fold.unique().tolist():
-        out = fold == number
-        spread = _spread(samples[~out], rank)
+    for number, out in parts.items():
+        left = every.without(moments[number]).spread(rank) if moments else _spread(samples[~out], rank)
+        squares = left.squares(samples[out])
         for row, share in enumerate(SHARES):
-            drawn = spread.shrunk(share)
-            distances[row, out] = drawn.distance(samples[out])
+            drawn = left.shrunk(share)
+            distances[row, out] = drawn.distance(*squares)
             total[row] -= (distances[row, out] + drawn.log_det()).sum()
     best = int(total.argmax())
-    fitted = _spread(samples, rank).shrunk(SHARES[best])
+    fitted = (every.spread(rank) if moments else _spread(samples, rank)).shrunk(SHARES[best])
     whitening = torch.zeros(rank, samples.shape[1])
     whitening[: len(fitted.variance)] = (fitted.direction / fitted.variance.sqrt().unsqueeze(-1)).float()
-    return (fitted.center.float(), whitening, (1 / fitted.outside).float()), distances[best].float()
+    center = (fitted.center + middle).float()
+    return (center, whitening, (1 / fitted.outside).float()), distances[best].float()
 
 
 def _spread(samples: Tensor, rank: int) -> _Spread:
     count, size = samples.shape
-    center = samples.double().mean(0)
-    away = samples.double() - center
+    if count >= size:
+        return _Moments.of(samples).spread(rank)
     # The smaller of the two products has the same variances.
-    gram = away @ away.T if count < size else away.T @ away
-    value, vector = torch.linalg.eigh(gram / max(count - 1, 1))
+    center = samples.mean(0)
+    away = samples - center
+    value, vector = torch.linalg.eigh(away @ away.T / max(count - 1, 1))
+    variance, outside = _kept(value, count, size, rank)
+    direction = torch.nn.functional.normalize(vector[:, -len(variance) :].T @ away, dim=-1)
+    return _Spread(center, direction, variance, outside)
+
+
+# The largest variances, and the mean of all others.
+def _kept(value: Tensor, count: int, size: int, rank: int) -> tuple[Tensor, Tensor]:
     # Directions without variance are noise: not even orthogonal when they come from the smaller product.
     kept = min(rank, count - 1, size, max(1, int((value > EMPTY * value[-1]).sum())))
-    variance, vector = value[-kept:].clamp(min=0), vector[:, -kept:]
-    direction = torch.nn.functional.normalize(vector.T @ away, dim=-1) if count < size else vector.T
-    outside = (value.sum() - variance.sum()).clamp(min=0) / max(size - kept, 1)
-    return _Spread(center, direction, variance, outside)
+    variance = value[-kept:].clamp(min=0)
+    return variance, (value.sum() - variance.sum()).clamp(min=0) / max(size - kept, 1)
 
 
 def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
+from tether.delta.basis import middle_basis
 from tether.delta.budget import AIM, Budget, meet_budget
 from tether.delta.cache import StateCache, cached, latent_print
 from tether.delta.delta import Delta
@@ -72,8 +73,10 @@ def fit_delta(
     generator = torch.Generator().manual_seed(fit.seed)
     weight, bias = output_head(model)
     stay, away = set_aside(domain.windows.documents, fit.aside)
-    source = Source(model, domain, stay)
-    aside = Source(model, domain, away) if len(away) else None
+    basis = middle_basis(domain)
+    anchor = anchor._replace(fitted=basis.reduce(anchor.fitted), probe=basis.reduce(anchor.probe))
+    source = Source(model, domain, stay, basis)
+    aside = Source(model, domain, away, basis) if len(away) else None
     prob = mean_probability(weight, source.some(fit.probe // 4).loc, bias)
     # What the base expects and what the text has, half and half: both belong into the exact part.
     counts = torch.bincount(source.targets, minlength=len(weight)).to(prob) / len(source)
@@ -82,9 +85,9 @@ def fit_delta(
     if aside is not None and len(aside):
         some = spread(len(aside), 2 * fit.probe)
         watched = Aside(aside.take(some), aside.targets[some])
-    training = Training(fit, source, anchor.fitted, loss, anchor.fisher, generator, watched)
+    training = Training(fit, source, anchor, loss, generator, watched)
     needs = _Needs(weight, anchor.fisher, bias)
-    some_base = (training.watched if fit.budget.hard else anchor.probe).some(fit.probe // 3)
+    some_base = training.watched.some(fit.probe // 3)
     head = training.run(
         lambda head: float(fit.budget.statistic(needs.drift("softmax", head, some_base))), on_step
     )
@@ -110,6 +113,7 @@ def fit_delta(
     record["latent_base"] = float(needs.drift("latent", head, anchor.probe.some(fit.probe)).mean())
     few = source.some(fit.probe // 6)
     record["drift_domain"] = {metric: float(needs.drift(metric, head, few).mean()) for metric in METRICS}
+    head = basis.expand(head)
     gate = fit_gate(domain, background=anchor.background) if fit.gate else None
     record["cpu_seconds"] = time.process_time() - started
     return Delta(

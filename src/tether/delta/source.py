@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.delta.basis import Basis
 from tether.delta.cache import ShardedStates, StateCache
 from tether.delta.head import Reference
 
@@ -13,6 +14,7 @@ __all__ = ["Source", "reference", "set_aside", "spread"]
 
 KEPT_BYTES = 1_000_000_000
 """Texts whose features, loc and scale take less than this in float32 are held in memory."""
+PIECE = 4096
 
 
 def reference(model: Any, features: Tensor) -> Reference:
@@ -38,14 +40,17 @@ class Source:
         model: the base.
         cache: the text.
         documents: numbers of the documents to read, shape (D,); None reads all.
+        basis: what states are read in; None leaves them as they are.
 
     Attributes:
         targets: next tokens, shape (n,).
         documents: document of each token, shape (n,).
     """
 
-    def __init__(self, model: Any, cache: StateCache, documents: Tensor | None = None) -> None:
-        self.model, self.states = model, cache.states
+    def __init__(
+        self, model: Any, cache: StateCache, documents: Tensor | None = None, basis: Basis | None = None
+    ) -> None:
+        self.model, self.states, self.basis = model, cache.states, basis
         kept = cache.windows.targets >= 0
         if documents is not None:
             kept &= torch.isin(cache.windows.documents, documents)
@@ -54,8 +59,10 @@ class Source:
         self.documents = cache.windows.documents[self.rows]
         width = cache.states.shape[1] + 2 * model.abduction.loc.out_features
         self.kept: Reference | None = None
-        if 4 * width * len(self.rows) <= KEPT_BYTES:
-            self.kept = reference(model, self.states[self.rows].float())
+        if 4 * width * len(self.rows) <= KEPT_BYTES and len(self.rows):
+            # In pieces: the whole states are then never held in single precision where they are reduced.
+            pieces = [self._read(part) for part in self.rows.split(PIECE)]
+            self.kept = Reference(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +78,11 @@ class Source:
         """
         if self.kept is not None:
             return Reference(*(values[index] for values in self.kept))
-        return reference(self.model, self.states[self.rows[index]].float())
+        return self._read(self.rows[index])
+
+    def _read(self, rows: Tensor) -> Reference:
+        at = reference(self.model, self.states[rows].float())
+        return at if self.basis is None else self.basis.reduce(at)
 
     def some(self, count: int) -> Reference:
         """Read tokens spread evenly over the text, so that many documents take part.

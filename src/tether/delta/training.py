@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tether.cauchy.charts import CHARTS
 from tether.cauchy.divergence import drift
+from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget
 from tether.delta.head import Head, Reference, ray_share, token_drift
 from tether.delta.objective import CandidateSoftmax, full_cross_entropy
@@ -111,9 +112,8 @@ class Training:
     Args:
         fit: options.
         source: the domain's tokens to learn from.
-        anchor: base quantities at base text.
+        anchor: base text, in the basis of the source.
         loss: the domain loss.
-        fisher: output Fisher on base text, shape (C, C).
         generator: of shuffles and draws.
         aside: other domain text for early stopping, or None.
 
@@ -129,22 +129,23 @@ class Training:
         self,
         fit: Fit,
         source: Source,
-        anchor: Reference,
+        anchor: Anchor,
         loss: CandidateSoftmax,
-        fisher: Tensor,
         generator: torch.Generator,
         aside: Aside | None = None,
     ) -> None:
-        self.fit, self.source, self.anchor, self.aside = fit, source, anchor, aside
-        self.watched = anchor.some(fit.probe // 2)
+        self.fit, self.source, self.anchor, self.aside = fit, source, anchor.fitted, aside
+        # The multiplier answers to base text that the heads do not see: on what they see, drift is less, and a fit
+        # held to that much ends above its budget (docs/log.md, 2026-11-28).
+        self.watched = anchor.probe.some(fit.probe // 2)
         if fit.budget.hard:
-            # The constraint is on the domain's own contexts as well.
-            self.watched = self.watched.join(source.some(fit.probe // 2))
-        self.loss, self.fisher, self.generator = loss, fisher, generator
+            # The constraint is on every context of the fit, the domain's own as well.
+            self.watched = anchor.fitted.some(fit.probe // 2).join(source.some(fit.probe // 2))
+        self.loss, self.fisher, self.generator = loss, anchor.fisher, generator
         # A step in the head is then a step of the hidden state, whatever the scale of U.
         scale = source.some(4096).scale
         self.unit = scale.log().mean(0).exp().unsqueeze(-1)
-        shape = (scale.shape[1], anchor.states.shape[1])
+        shape = (scale.shape[1], self.anchor.states.shape[1])
         self.second = torch.zeros(shape, requires_grad=True)
         self.first = None if fit.location_only else torch.zeros(shape, requires_grad=True)
         value = fit.budget.value or 1.0
@@ -184,7 +185,7 @@ class Training:
             The fitted delta, without gradients, before the budget is met exactly.
         """
         fit = self.fit
-        optimizer = torch.optim.Adam(self.parameters, lr=fit.lr, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam(self.parameters, lr=fit.lr, betas=(0.9, 0.99), fused=True)
         size = min(fit.batch, max(SMALLEST, len(self.source) // STEPS))
         each = math.ceil(len(self.source) / size)
         steps = fit.epochs * each
