@@ -10,7 +10,8 @@ from tether.causal.gates import gate_distance, gate_open, window_mean
 from tether.delta.background import write_background
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
-from tether.delta.gate import SHARES, Gate, describe_gates, fit_gate, put_gate, take_gate
+from tether.delta.gate import Gate, describe_gates, fit_gate, put_gate, take_gate
+from tether.delta.stage import SHARES
 from tether.errors import ConfigError
 
 

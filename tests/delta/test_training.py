@@ -144,6 +144,23 @@ def test_what_comes_back_are_the_heads_of_the_best_look(model, caches):
     assert training._look(0) == pytest.approx(min(looks), abs=1e-3)
 
 
+def test_the_multiplier_answers_to_base_text_that_the_heads_do_not_see(model, caches):
+    fitted, probe = (reference(model, caches[name].states.float()) for name in ("words", "words-held-out"))
+    weight = model.action.weight.detach()
+    anchor = Anchor(fitted, probe, output_fisher(weight, fitted.loc), "")
+    loss = CandidateSoftmax(weight, torch.ones(258), size=200, sampled=32)
+    source = Source(model, caches["digits"])
+
+    def watched(budget):
+        fit = Fit(budget=budget, probe=40)
+        return Training(fit, source, anchor, loss, torch.Generator()).watched.states
+
+    assert torch.equal(watched(Budget(value=0.1)), probe.some(20).states)
+    # A hard budget is on the contexts of the fit itself.
+    both = torch.cat([fitted.some(20).states, source.some(20).states])
+    assert torch.equal(watched(Budget(value=0.1, hard=True)), both)
+
+
 def test_documents_set_aside_are_whole_and_spread():
     stay, away = set_aside(torch.arange(40).repeat_interleave(5), 0.1)
     assert away.tolist() == [5, 15, 25, 35]

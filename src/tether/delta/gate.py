@@ -11,6 +11,7 @@ from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_stage, window_mean
 from tether.delta.cache import BATCH, StateCache
 from tether.delta.source import spread
+from tether.delta.stage import fit_stage
 from tether.errors import ConfigError
 
 __all__ = ["WINDOW", "Gate", "describe_gates", "fit_gate", "put_gate", "take_gate"]
@@ -27,18 +28,12 @@ LEAST = 0.85
 """Share of a domain's own contexts with full windows that a gate accepts whatever the base writes."""
 ROUNDING = 1e-5
 """Relative rounding of the squares that a distance is the difference of."""
-EMPTY = 1e-9
-"""Share of the largest variance below which a direction counts as empty."""
 CLOSED = -1.0
 """A threshold that no squared distance is under."""
 EARLY = 8
 """Without a background: tokens of a text before a gate may open (docs/log.md)."""
-NARROWEST = 1e-3
-"""Least variance in any direction: states are kept in half precision."""
 FOLDS = 4
 """Parts that documents are dealt to; distances of one are measured by statistics of the others."""
-SHARES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
-"""How far a covariance may be drawn towards one variance."""
 
 
 class Gate(NamedTuple):
@@ -113,7 +108,7 @@ def fit_gate(
         here = here[spread(len(here), CONTEXTS)]
         fold = group[here] % FOLDS
         if len(fold.unique()) > 1 and len(fold) - int(fold.bincount().max()) > 2:
-            known[number], own = _fit_stage(mean[here], fold, min(rank, mean.shape[1]))
+            known[number], own = fit_stage(mean[here], fold, min(rank, mean.shape[1]))
             limits[number] = own.kthvalue(math.ceil(level * len(own))).values
             least = float(own.kthvalue(math.ceil(min(quantile, LEAST) * len(own))).values)
     # A stage that the text does not reach takes the statistics of the nearest later one, or of the last it has.
@@ -179,108 +174,6 @@ def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
         counts.append(count[batch.mask])
         rows.append(batch.rows.unsqueeze(-1).expand_as(batch.mask)[batch.mask])
     return torch.cat(means), torch.cat(counts), groups[torch.cat(rows)]
-
-
-class _Spread(NamedTuple):
-    """Mean and covariance of some samples: `variance` along `direction`, one mean variance `outside` of them."""
-
-    center: Tensor  # (H,)
-    direction: Tensor  # (r, H)
-    variance: Tensor  # (r,)
-    outside: Tensor  # ()
-
-    def shrunk(self, share: float) -> "_Spread":
-        size, kept = len(self.center), len(self.variance)
-        level = (self.variance.sum() + (size - kept) * self.outside) / size
-        drawn = ((1 - share) * v + share * level for v in (self.variance, self.outside))
-        return self._replace(
-            **dict(zip(("variance", "outside"), (v.clamp(min=NARROWEST) for v in drawn), strict=True))
-        )
-
-    # Squares along each direction, and of all that is left: the same for every share.
-    def squares(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        away = samples - self.center
-        along = (away @ self.direction.T).square_()
-        return along, (away.square_().sum(-1) - along.sum(-1)).clamp_(min=0)
-
-    def distance(self, along: Tensor, rest: Tensor) -> Tensor:
-        return along @ (1 / self.variance) + rest / self.outside
-
-    def log_det(self) -> Tensor:
-        return self.variance.log().sum() + (len(self.center) - len(self.variance)) * self.outside.log()
-
-
-class _Moments(NamedTuple):
-    """Sums over samples, from which those without a fold are a difference."""
-
-    count: int
-    total: Tensor  # (H,)
-    products: Tensor  # (H, H)
-
-    @classmethod
-    def of(cls, samples: Tensor) -> "_Moments":
-        return cls(len(samples), samples.sum(0), samples.T @ samples)
-
-    def without(self, part: "_Moments") -> "_Moments":
-        return _Moments(self.count - part.count, self.total - part.total, self.products - part.products)
-
-    def spread(self, rank: int) -> _Spread:
-        center = self.total / self.count
-        gram = self.products - self.count * torch.outer(center, center)
-        value, vector = torch.linalg.eigh(gram / max(self.count - 1, 1))
-        variance, outside = _kept(value, self.count, len(center), rank)
-        return _Spread(center, vector[:, -len(variance) :].T, variance, outside)
-
-
-# Statistics of one stage (center, whitening, precision), and each sample's distance without its own fold.
-def _fit_stage(samples: Tensor, fold: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    middle = samples.double().mean(0)
-    # Around the common mean, so that differences of sums lose nothing.
-    samples = samples.double() - middle
-    parts = {number: fold == number for number in fold.unique().tolist()}
-    moments: dict[int, _Moments] = {}
-    if len(samples) > 2 * samples.shape[1]:
-        moments = {number: _Moments.of(samples[out]) for number, out in parts.items()}
-        every = _Moments(
-            len(samples),
-            *(torch.stack(v).sum(0) for v in zip(*(m[1:] for m in moments.values()), strict=True)),
-        )
-    total: Tensor = torch.zeros(len(SHARES), dtype=torch.float64)
-    distances = torch.zeros(len(SHARES), len(samples), dtype=torch.float64)
-    for number, out in parts.items():
-        left = every.without(moments[number]).spread(rank) if moments else _spread(samples[~out], rank)
-        squares = left.squares(samples[out])
-        for row, share in enumerate(SHARES):
-            drawn = left.shrunk(share)
-            distances[row, out] = drawn.distance(*squares)
-            total[row] -= (distances[row, out] + drawn.log_det()).sum()
-    best = int(total.argmax())
-    fitted = (every.spread(rank) if moments else _spread(samples, rank)).shrunk(SHARES[best])
-    whitening = torch.zeros(rank, samples.shape[1])
-    whitening[: len(fitted.variance)] = (fitted.direction / fitted.variance.sqrt().unsqueeze(-1)).float()
-    center = (fitted.center + middle).float()
-    return (center, whitening, (1 / fitted.outside).float()), distances[best].float()
-
-
-def _spread(samples: Tensor, rank: int) -> _Spread:
-    count, size = samples.shape
-    if count >= size:
-        return _Moments.of(samples).spread(rank)
-    # The smaller of the two products has the same variances.
-    center = samples.mean(0)
-    away = samples - center
-    value, vector = torch.linalg.eigh(away @ away.T / max(count - 1, 1))
-    variance, outside = _kept(value, count, size, rank)
-    direction = torch.nn.functional.normalize(vector[:, -len(variance) :].T @ away, dim=-1)
-    return _Spread(center, direction, variance, outside)
-
-
-# The largest variances, and the mean of all others.
-def _kept(value: Tensor, count: int, size: int, rank: int) -> tuple[Tensor, Tensor]:
-    # Directions without variance are noise: not even orthogonal when they come from the smaller product.
-    kept = min(rank, count - 1, size, max(1, int((value > EMPTY * value[-1]).sum())))
-    variance = value[-kept:].clamp(min=0)
-    return variance, (value.sum() - variance.sum()).clamp(min=0) / max(size - kept, 1)
 
 
 def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:
