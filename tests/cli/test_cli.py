@@ -114,6 +114,10 @@ BAD = {
     "convert: damaged base": (["convert", "damaged"], "damaged"),
     "convert: no tokenizer": (["convert", "wordless"], "tokenizer"),
     "certify: missing text": (["certify", "model", "fused", "--text", "absent.jsonl"], "no such text file"),
+    "certify: short text": (
+        ["certify", "model", "fused", "--text", "general.jsonl", "--text", "short.txt"],
+        "text short gives",
+    ),
     "certify: not fused": (["certify", "model", "model", "--text", "general.jsonl"], "no fused deltas"),
 }
 

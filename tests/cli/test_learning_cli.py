@@ -38,11 +38,14 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
     delta = Delta.load("digits.delta")
     assert delta.first is None
     assert delta.layers == (1, 2)
+    assert delta.gate is not None
     code, out, err = tether(
-        *LEARN, "--text", "words.jsonl", "--out", "words.delta", "--features", "multi", "--hard", "--metric", "latent",
+        *LEARN, "--text", "words.jsonl", "--out", "words.delta", "--no-gate", "--features", "multi", "--hard",
+        "--metric", "latent",
     )  # fmt: skip
     assert code == 0, err
     assert "largest drift at a training context" in out
+    assert Delta.load("words.delta").gate is None
 
     code, out, err = tether(
         "weigh", "base", "digits.delta=digits.jsonl", "words.delta=words.jsonl", "--base-text", "general.jsonl",
@@ -52,10 +55,20 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
     found = json.loads(out)
     assert found["drift"] <= 0.02
     assert found["losses"]["optimised"]["digits"] < found["losses"]["base"]["digits"]
-    weights = [
-        f"{name}.delta={weight}" for name, weight in zip(("digits", "words"), found["weights"], strict=True)
-    ]
-    code, out, err = tether("fuse", "base", *weights, "--no-gate", "--out", "fused")
+    code, out, err = tether(
+        "weigh", "base", "digits.delta=digits.jsonl", "words.delta=words.jsonl", "--base-text", "general.jsonl",
+        "--budget", 0.02, "--cache", "cache", "--chart", "linear",
+    )  # fmt: skip
+    assert code == 0, err
+    # The command it prints fuses as was weighed.
+    command = out.splitlines()[0].split()
+    assert command[:3] == ["tether", "fuse", "base"]
+    assert command[-2:] == ["--out", "FUSED"]
+    code, out, err = tether(*command[1:])
+    assert code == 0, err
+    described = json.loads((work / "FUSED" / "config.json").read_text())["fusion"]
+    assert (described["chart"], described["gated"]) == ("linear", False)
+    code, out, err = tether("fuse", "base", "digits.delta", "words.delta", "--no-gate", "--out", "fused")
     assert code == 0, err
     code, out, err = tether("generate", "fused", "1.2 3.4", "--new-tokens", 3)
     assert (code, out[:7]) == (0, "1.2 3.4")
@@ -70,6 +83,25 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
             (*LEARN, "--text", "digits.jsonl", "--out", "a.delta", "--hard", "--quantile", 0.9),
             "every context",
         ),
+        (
+            (*LEARN, "--text", "digits.jsonl", "--out", "a.delta", "--penalty", 1, "--quantile", 0.9),
+            "--penalty with --budget, --quantile",
+        ),
+        (
+            (
+                "learn",
+                "base",
+                "--text",
+                "digits.jsonl",
+                "--base-text",
+                "general.jsonl",
+                "--out",
+                "digits.jsonl/a.delta",
+            ),
+            "digits.jsonl is not a folder",
+        ),
+        ((*LEARN, "--text", "digits.jsonl", "--out", "words.jsonl"), "exists already"),
+        (("fuse", "base", "--text", "general.jsonl", "--out", "f"), "--text general.jsonl without --budget"),
         (("weigh", "base", "a.delta", "--base-text", "general.jsonl"), "law.delta=law.jsonl"),
         (("weigh", "base", "a.delta=none.jsonl", "--base-text", "general.jsonl"), "no such text file"),
     ],

@@ -21,6 +21,7 @@ def learn_adapter(
     budget: float,
     metric: str,
     quantile: float | None,
+    gate: bool,
     tokens: int | None,
     cache: Path | None,
     as_json: bool,
@@ -37,6 +38,7 @@ def learn_adapter(
         budget: mean drift allowed on base text, nats per token.
         metric: what the budget is in.
         quantile: of the drift that the budget limits, or None for its mean.
+        gate: fit a one-class gate too.
         tokens: domain tokens to use at most.
         cache: where hidden states of the base are kept.
         as_json: print JSON.
@@ -61,7 +63,7 @@ def learn_adapter(
             f"--adapter with {', '.join('--' + name.replace('_', '-') for name in given)}: that is for deltas; "
             "leave it out"
         )
-    fit = AdapterFit(budget=Budget(value=budget, metric=metric, quantile=quantile))
+    fit = AdapterFit(budget=Budget(value=budget, metric=metric, quantile=quantile), gate=gate)
     lora_config(fit.rank, fit.alpha)
     for path in (text, base_text):
         read_documents(path)

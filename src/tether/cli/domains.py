@@ -14,6 +14,8 @@ from tether.errors import ConfigError
 
 __all__ = ["certify", "demo", "fuse", "learn", "verify"]
 
+BUDGET = 0.05
+"""Of `learn`, where neither a budget nor a penalty is given."""
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -45,7 +47,10 @@ def learn(
     text: Annotated[Path, typer.Option(help="The domain's text: .jsonl with 'text' a line, or plain.")],
     base_text: Annotated[Path, typer.Option(help="General text on which the drift is held, likewise.")],
     out: Annotated[Path, typer.Option(help="The delta file to write, customarily NAME.delta.")],
-    budget: Annotated[float, typer.Option(help="Mean drift allowed on base text, nats per token.")] = 0.05,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Mean drift allowed on base text, nats per token.", show_default=f"{BUDGET:g}"),
+    ] = None,
     metric: Annotated[
         str, typer.Option(help="What the budget is in: softmax, fisher or latent.")
     ] = "softmax",
@@ -72,6 +77,9 @@ def learn(
     adapter: Annotated[
         str | None, typer.Option(help="Learn a PEFT adapter on the backbone instead of a delta: lora.")
     ] = None,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Fit no gate: the delta then acts everywhere.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Learn a domain as a delta of the abduction head, on a drift budget."""
@@ -83,21 +91,30 @@ def learn(
             "location_only": location_only, "hard": hard,
         }  # fmt: skip
         learn_adapter(
-            adapter, model, text, base_text, out, budget=budget, metric=metric, quantile=quantile, tokens=tokens,
-            cache=cache, as_json=as_json, **delta_only,
+            adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
+            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, as_json=as_json, **delta_only,
         )  # fmt: skip
         return
     from tether.causal.loading import load
     from tether.delta.learning import check_options, learn_delta
+    from tether.store.publish import check_file
 
     # All that can be wrong without the model is found before it is loaded.
+    of_budget = {
+        "budget": budget is not None,
+        "metric": metric != "softmax",
+        "quantile": quantile is not None,
+    }
+    if penalty is not None and any(of_budget.values()):
+        given = ", ".join(f"--{name}" for name, value in of_budget.items() if value)
+        raise ConfigError(f"--penalty with {given}: a penalty takes the budget's place; leave one out")
     options: dict[str, Any] = {
-        "budget": budget, "metric": metric, "penalty": penalty, "chart": chart, "features": features,
-        "location_only": location_only, "quantile": quantile, "hard": hard,
+        "budget": BUDGET if budget is None and penalty is None else budget, "metric": metric, "penalty": penalty,
+        "chart": chart, "features": features, "location_only": location_only, "quantile": quantile, "hard": hard,
+        "gate": not no_gate,
     }  # fmt: skip
     check_options(text, base_text, **options)
-    if out.exists():
-        raise ConfigError(f"{out} exists already: choose another name, or remove it")
+    check_file(out)
     base, tokenizer = load(model)
     with reporter() as steps:
         delta = learn_delta(
@@ -108,7 +125,11 @@ def learn(
     record = {key: value for key, value in delta.record.items() if key != "curve"}
     of = "largest drift at a training context" if hard else "drift on held-out base text"
     of = f"{quantile:g} quantile of the {of}" if quantile is not None else of
-    held = "" if penalty is not None else f", {of} {record['drift_base']:.4g} of {budget} nats ({metric})"
+    held = (
+        ""
+        if penalty is not None
+        else f", {of} {record['drift_base']:.4g} of {record['budget']:g} nats ({metric})"
+    )
     own = f"; on its own text {record['drift_domain']['softmax']:.4f} (softmax KL)"
     emit({"path": str(out), **record}, as_json, f"{out}: {record['tokens']} tokens{held}{own}")
 
@@ -218,6 +239,8 @@ def certify(
 
     for path in text:
         read_documents(path)
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: expected the name of the file to write")
     if len({path.stem for path in text}) < len(text):
         raise ConfigError(f"texts {', '.join(map(str, text))}: expected files of different names; rename one")
     base, tokenizer = load(model)

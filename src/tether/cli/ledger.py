@@ -139,6 +139,10 @@ def fuse_domains(
             f"{'no --text' if text is None else f'another text ({text})'} was given: expected the text it was "
             "declared on, to check the change; or declare a new --budget"
         )
+    if text is not None and allowance is None:
+        raise ConfigError(
+            f"--text {text} without --budget: expected the nats that it is to be checked for too"
+        )
     fused = fuse(
         base, kept | added, chart=chart or before.get("chart", "symmetric"),
         gated=before.get("gated", True) if gated is None else gated, gate=gate or before.get("gate", "one-class"),

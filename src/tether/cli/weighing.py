@@ -53,10 +53,14 @@ def weigh(
         )  # fmt: skip
     record: dict[str, Any] = found.record
     losses = record["losses"]
+    given = " ".join(f"{delta.path}={weight:.4g}" for delta, weight in found.weights.items())
     lines = [
-        f"{delta.path}={weight:.4g}   loss {losses['base'][delta.name]:.3f} -> "
-        f"{losses['optimised'][delta.name]:.3f} (equal weights {losses['equal'][delta.name]:.3f})"
-        for delta, weight in found.weights.items()
+        f"tether fuse {model} {given} --chart {chart} {'--gate one-class' if gate else '--no-gate'} --out FUSED",
+        *(
+            f"{delta.path}={weight:.4g}   loss {losses['base'][delta.name]:.3f} -> "
+            f"{losses['optimised'][delta.name]:.3f} (equal weights {losses['equal'][delta.name]:.3f})"
+            for delta, weight in found.weights.items()
+        ),
     ]
     certificate = record["certificate"]
     bound = certificate["at_most"]

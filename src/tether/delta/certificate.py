@@ -28,7 +28,7 @@ from tether.delta.record import (
     read,
 )
 from tether.delta.summary import summarise
-from tether.delta.windows import window_text
+from tether.delta.windows import Windows, window_text
 from tether.errors import CertificateError, CheckpointError
 from tether.store.documents import read_documents, text_hash
 from tether.store.hashing import sha256_file
@@ -89,7 +89,8 @@ def certify(
     documents = {
         name: read_documents(t) if isinstance(t, str | Path) else list(t) for name, t in named.items()
     }
-    figures = {name: _figures(fused, tokenizer, documents[name], chosen, on_step) for name in named}
+    ready = {name: _prepared(documents[name], tokenizer, chosen, name) for name in named}
+    figures = {name: _figures(fused, *ready[name], chosen, on_step) for name in named}
     return compose(fused, named, figures, chosen)
 
 
@@ -138,25 +139,35 @@ def _name(text: Any) -> str:
     return Path(text).stem if isinstance(text, str | Path) else "text"
 
 
+# A text's windows, and the beginnings of documents that the model shall go on from.
+def _prepared(
+    documents: Sequence[str], tokenizer: Any, chosen: Settings, name: str
+) -> tuple[Windows, Tensor | None]:
+    called = f"text {name}"
+    windows = window_text(
+        documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document,
+        name=called,
+    )  # fmt: skip
+    if not chosen.continuations:
+        return windows, None
+    return windows, prompts(documents, tokenizer, chosen.continuations, name=called)
+
+
 def _figures(
     fused: Any,
-    tokenizer: Any,
-    documents: Sequence[str],
+    windows: Windows,
+    begun: Tensor | None,
     chosen: Settings,
     on_step: Any,
     ids: Tensor | None = None,
 ) -> dict[str, Any]:
-    windows = window_text(
-        documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document
-    )
     shares = {"quantile": chosen.quantile, "confidence": chosen.confidence}
     figures = summarise(
         measure(fused, fused.fusion, windows, [_variant(fused)], on_step=on_step), 0, **shares
     )
-    if not chosen.continuations:
+    if begun is None:
         return figures
     if ids is None:
-        begun = prompts(documents, tokenizer, chosen.continuations)
         ids = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
     result = measure(fused, fused.fusion, text_windows(ids), [_variant(fused)], on_step=on_step)
     own = summarise(generated_part(result, chosen.continuation_tokens), 0, **shares)
@@ -252,16 +263,15 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
         if text_hash(documents) != text["documents"]:
             wrong.append(f"text {name}: its documents are not the ones described")
         stated = certificate.figures[name]
+        windows, begun = _prepared(documents, tokenizer, chosen, name)
         ids = None
-        if "continuations" in stated:
+        if "continuations" in stated and begun is not None:
             # What was written is stated, and checked: writing it again could part at a rounding error.
             ids = torch.tensor(stated["continuations"]["ids"])
-            wrong += _not_written(
-                fused, ids, prompts(documents, tokenizer, chosen.continuations), chosen, name
-            )
+            wrong += _not_written(fused, ids, begun, chosen, name)
             if wrong:
                 continue
-        again = _budgeted(fused, _figures(fused, tokenizer, documents, chosen, on_step, ids))
+        again = _budgeted(fused, _figures(fused, windows, begun, chosen, on_step, ids))
         unknown = ADDED.get(certificate.schema_version, ())
         again = {key: value for key, value in again.items() if key not in unknown}
         wrong += _differences(stated, again, f"{name}")

@@ -22,13 +22,14 @@ CLOSE = {torch.float32: 1e-2, torch.float64: 1e-6}
 text into calls; half precision takes 0.5."""
 
 
-def prompts(documents: Sequence[str], tokenizer: Any, count: int) -> Tensor:
+def prompts(documents: Sequence[str], tokenizer: Any, count: int, *, name: str = "the text") -> Tensor:
     """Take the beginnings of the first documents that are long enough.
 
     Args:
         documents: the text.
         tokenizer: of the base.
         count: how many, >= 1.
+        name: what to call the text in an error.
 
     Returns:
         Token ids, shape (at most count, PROMPT).
@@ -44,7 +45,7 @@ def prompts(documents: Sequence[str], tokenizer: Any, count: int) -> Tensor:
             break
     if not found:
         raise ConfigError(
-            f"no document of {PROMPT} tokens or more: nothing to continue; ask for no continuations"
+            f"{name}: no document of {PROMPT} tokens or more, so nothing to continue; ask for no continuations"
         )
     return torch.tensor(found)
 

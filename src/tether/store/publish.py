@@ -280,6 +280,24 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def check_file(path: str | Path) -> None:
+    """Refuse a file's name before any work is done for it.
+
+    Args:
+        path: where a new file shall go; missing parents are fine.
+
+    Raises:
+        ConfigError: it exists, or nothing can be written there.
+    """
+    path = Path(path).absolute()
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{path} exists already: choose another name, or remove it")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "cannot be written to" if above.is_dir() else "is not a folder"
+        raise ConfigError(f"{path}: {above} {what}; choose another place")
+
+
 def check_free(folder: str | Path) -> None:
     """Refuse an output folder with content before any work is done for it.
 
