@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -202,5 +203,11 @@ def test_gates_refuse_ways_to_write_that_take_tokens_back(model):
     first = fused.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ConfigError, match="gate_state"):
         fused.generate(first.sequences, max_new_tokens=2, past_key_values=first.past_key_values)
+    output = fused(input_ids=ids, use_cache=True)
+    with pytest.raises(ConfigError, match="gate_state"):
+        fused(input_ids=ids[:, :1], past_key_values=output.past_key_values)
+    both = {"past_key_values": output.past_key_values, "gate_state": output.gate_state}
+    whole = fused(input_ids=torch.cat([ids, ids[:, :1]], -1)).logits[:, -1:]
+    assert_close(fused(input_ids=ids[:, :1], **both).logits, whole, rtol=1e-4, atol=1e-4)
     plain = fuse(model, {make(model): 1.0}, gated=False)
     assert plain.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=3).shape == (1, 22)

@@ -207,8 +207,12 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 f"{', '.join(asked)} with {what}, which remember the text token by token: these options cut it or take "
                 "tokens back; leave them out"
             )
-        cache = kwargs.get("past_key_values")
-        if gated and cache is not None and cache.get_seq_length() and kwargs.get("gate_state") is None:
+        self._check_gates_know(kwargs.get("past_key_values"), kwargs.get("gate_state"))
+
+    def _check_gates_know(self, cache: Any, gate_state: Tensor | None) -> None:
+        if self.fusion is None or not self.fusion.gated or cache is None or gate_state is not None:
+            return
+        if cache.get_seq_length():
             raise ConfigError(
                 "past_key_values of an earlier text without its gate_state: the gates would not know that text; pass "
                 "both, as the model's output gives them, or the whole text again"

@@ -183,7 +183,8 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             See `CausalOutput`.
 
         Raises:
-            ConfigError: unknown mode, noise outside mode `causal`, or numbers where there is no `<NUM>`.
+            ConfigError: unknown mode, noise outside mode `causal`, numbers where there is no `<NUM>`, or a cache
+                without what gates remember of its text.
             ShapeError: numbers or noise of another shape.
         """  # noqa: DOC502 - ShapeError is raised by what it calls
         if mode not in MODES:
@@ -192,6 +193,7 @@ class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, 
             raise ConfigError(
                 f"noise or truncation with mode={mode!r}: only mode 'causal' samples U; leave them out"
             )
+        self._check_gates_know(past_key_values, gate_state)
         kwargs.pop("return_dict", None)
         layers = () if self.fusion is None else self.fusion.layers
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
