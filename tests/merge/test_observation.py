@@ -9,6 +9,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from typer.testing import CliRunner
 
 import tiny
+from checkpoints import plan
 from merge import lape
 from tether.cli.observe import observe as command
 from tether.errors import CheckpointError, ConfigError
@@ -17,6 +18,7 @@ from tether.merge.observation import observe
 from tether.merge.packing import pack_bank
 from tether.merge.paths import load_bank
 from tether.merge.probes import load_reader
+from tether.merge.run import merge
 
 app = typer.Typer()
 app.command()(command)
@@ -103,3 +105,34 @@ def test_a_text_model_cannot_read_images(tmp_path):
     loaded, tokenizer, processor = load_reader(str(tmp_path), images=False)
     assert processor is None
     assert loaded.config.vocab_size == len(tokenizer)
+
+
+def test_matrices_of_another_checkpoint_are_refused_by_a_merge(tmp_path):
+    for seed, name in enumerate("ab"):
+        tiny.backbone("llama", seed=seed).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "probes.jsonl").write_text('{"text": "Go on"}\n{"text": "What colour?"}\n')
+
+    for name in "ab":
+        arguments = (tmp_path / name, "--probes", tmp_path / "probes.jsonl", "--out", tmp_path / f"g-{name}")
+        ran = CliRunner().invoke(app, list(map(str, arguments)))
+        assert ran.exit_code == 0, ran.output
+
+    def merged(out, first, second):
+        models = {
+            name: {"path": str(tmp_path / name), "grams": str(tmp_path / f"g-{grams}")}
+            for name, grams in (("a", first), ("b", second))
+        }
+        merge(plan(tmp_path, operator="regression_mean", models=models), tmp_path / out, threads=1)
+
+    with pytest.raises(CheckpointError, match="observed on another checkpoint"):
+        merged("wrong", "b", "a")
+    assert not (tmp_path / "wrong").exists()
+    merged("right", "a", "b")
+    assert (tmp_path / "right" / "model.safetensors").is_file()
+    # What nothing is known of is taken at its word.
+    (tmp_path / "g-b" / "observation.json").unlink()
+    merged("plain", "a", "b")
+    (tmp_path / "g-b" / "observation.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not the description"):
+        merged("odd", "a", "b")

@@ -24,14 +24,17 @@ def observe(
     quiet_libraries()
     from tether.merge.observation import observe as run
     from tether.merge.probes import encode_probes, load_reader, read_probes
+    from tether.store.reader import CheckpointReader
 
     meta = read_probes(probes)[:samples]
     if out.is_file():
         raise ConfigError(f"{out} is a file: expected a folder, new or of an interrupted run")
     backbone, tokenizer, processor = load_reader(model, images=any(probe.image for probe in meta))
     encoded = encode_probes(meta, tokenizer, processor=processor)
+    files = Path(backbone.name_or_path)
+    checkpoint = CheckpointReader(files).fingerprint() if files.is_dir() else None
     with reporter() as steps:
-        run(backbone, encoded, out, seed=seed, on_step=steps)
+        run(backbone, encoded, out, seed=seed, checkpoint=checkpoint, on_step=steps)
     emit(
         {"folder": str(out), "samples": len(meta), "seed": seed},
         as_json,

@@ -11,12 +11,12 @@ from tether.merge.gram import gram_file, save_grams, stream_grams
 from tether.merge.packing import pack_bank
 from tether.merge.paths import load_bank, sample_paths, save_bank
 from tether.merge.probes import EncodedProbe, probes_hash
+from tether.merge.survey import OBSERVATION
 from tether.merge.towers import find_tower
 from tether.store.publish import write_json
 
-__all__ = ["OBSERVATION", "PATHS", "observe"]
+__all__ = ["PATHS", "observe"]
 
-OBSERVATION: Final = "observation.json"
 PATHS: Final = "paths.safetensors"
 
 
@@ -30,6 +30,7 @@ def observe(
     longest: int = 32,
     top_p: float = 0.9,
     seed: int = 0,
+    checkpoint: str | None = None,
     on_step: Callable[[str], Callable[[dict[str, float]], None]] | None = None,
 ) -> Path:
     """Sample a model's own paths and accumulate the Gram matrices of its layers and its head on them.
@@ -45,6 +46,8 @@ def observe(
         longest: tokens of the longest.
         top_p: nucleus.
         seed: of lengths and noise.
+        checkpoint: fingerprint of the files the model was loaded from, see `CheckpointReader.fingerprint`; merges
+            then refuse the matrices beside another model. None where it came from no files.
         on_step: given a stage's name, gives what is called with `done` and `total`.
 
     Returns:
@@ -66,6 +69,8 @@ def observe(
             raise ConfigError(
                 f"{folder} holds an observation with another {', '.join(differs)}; choose another folder, or remove it"
             )
+    if checkpoint is not None:
+        description["checkpoint"] = checkpoint
     layers = len(find_tower(model).layers)
     if file.is_file() and all(gram_file(folder, layer).is_file() for layer in range(layers + 1)):
         return folder

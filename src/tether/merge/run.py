@@ -16,7 +16,7 @@ from tether.merge.recipe import Check, Recipe
 from tether.merge.scaling import Scaled, scale_to_budget
 from tether.merge.staging import Staging, refuse_occupied, staged
 from tether.merge.stream import stream
-from tether.merge.survey import survey
+from tether.merge.survey import check_observed, survey
 from tether.store.hashing import sha256_file
 from tether.store.manifest import Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import write_json
@@ -99,6 +99,11 @@ class _Work:
         self.fingerprints = self.fingerprints or survey(
             plan.opened, staging.survey, self.threads, self.steps("reading inputs")
         )
+        extras = (extra for tensor in plan.tensors for extra in (tensor.extras or {}).values())
+        for folder, name in sorted(
+            {(Path(extra.file).parent, extra.model) for extra in extras if extra.model}
+        ):
+            check_observed(folder, self.fingerprints[name], name)
         written = stream(plan, staging, threads=self.threads, on_step=self.steps("merging"))
         if len(plan.shards) > 1:
             write_json(staging.model / "model.safetensors.index.json", index_json(plan.shards, plan.places))

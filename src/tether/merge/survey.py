@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from tether.merge.opening import Opened
 from tether.store.publish import write_json
 from tether.store.reader import CheckpointReader
 
-__all__ = ["survey"]
+__all__ = ["OBSERVATION", "check_observed", "survey"]
+
+OBSERVATION: Final = "observation.json"
+"""Describes a folder of Gram matrices, see `tether.merge.observation`."""
 
 
 def survey(
@@ -78,3 +82,30 @@ def _read(reader: CheckpointReader, report: Callable[[int], None]) -> tuple[str,
         report(len(chunk))
 
     return reader.fingerprint(inspect), list(bad)
+
+
+def check_observed(folder: str | Path, fingerprint: str, name: str) -> None:
+    """Refuse Gram matrices that were observed on another checkpoint than the one they are used for.
+
+    Args:
+        folder: of the matrices; without a description, or with one of a model from no files, nothing is known.
+        fingerprint: of the checkpoint.
+        name: what to call it in an error.
+
+    Raises:
+        CheckpointError: the description names another checkpoint, or cannot be read.
+    """
+    file = Path(folder) / OBSERVATION
+    if not file.is_file():
+        return
+    try:
+        observed = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: not the description of an observation; observe {name} again"
+        ) from error
+    if observed is not None and observed != fingerprint:
+        raise CheckpointError(
+            f"{folder} was observed on another checkpoint ({str(observed)[:19]}...) than {name} "
+            f"({fingerprint[:19]}...): its matrices would weigh the wrong inputs; observe {name} again"
+        )
