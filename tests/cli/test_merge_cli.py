@@ -33,6 +33,7 @@ def work(tmp_path_factory):
         tiny.tokenizer().save_pretrained(folder / name)
     write_documents(folder / "words.jsonl", tiny.documents("words", 5, 1))
     write_documents(folder / "digits.jsonl", tiny.documents("digits", 5, 2))
+    (folder / "short.txt").write_text("a few words")
     return folder
 
 
@@ -195,6 +196,11 @@ BAD = {
         {"check": {"text": {"x": "absent.jsonl"}}},
         ["--out", "x"],
         "absent.jsonl: no such text file",
+    ),
+    "a text shorter than a window": (
+        {"check": CHECK | {"text": {"words": "words.jsonl", "x": "short.txt"}}},
+        ["--out", "x"],
+        "check.text.x (short.txt) gives",
     ),
     "a misspelt key": ({"modles": {}}, ["--out", "x"], "did you mean 'models'?"),
     "a missing model": ({"base": {"path": "absent"}}, ["--out", "x"], "absent does not exist"),

@@ -173,6 +173,12 @@ def test_vocabularies_that_cannot_be_compared_are_noted(tmp_path, models):
     )
 
 
+def test_a_tokenizer_asked_of_a_model_that_has_none(tmp_path, models):
+    (tmp_path / "b" / "tokenizer.json").unlink()
+    refused(tmp_path, models | {"tokenizer": "b"}, "tokenizer: b has no tokenizer beside its weights")
+    assert plan(tmp_path, **models, tokenizer="a").summary()["tokenizer"] == "a"
+
+
 def test_a_tokenizer_that_cannot_be_read(tmp_path, models):
     (tmp_path / "b" / "tokenizer.json").write_text('{"model": {}}')
     refused(tmp_path, models, "has no vocabulary that can be read")

@@ -1,6 +1,6 @@
 """How a merged model behaves beside the models it was made from: measured before it is published."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ __all__ = [
     "compare",
     "kl_divergence",
     "load_checkpoint",
-    "refuse_unreadable",
+    "read_texts",
     "sample_paths",
 ]
 
@@ -197,26 +197,39 @@ def _sampled(comparison: Comparison, windows: Windows, prompt: int, width: int) 
     )
 
 
-def refuse_unreadable(wanted: Check) -> dict[str, list[str]]:
-    """Read the texts of a check; done before the long part.
+def read_texts(wanted: Check, tokenizer: Path) -> dict[str, Windows]:
+    """Read the texts of a check as the result will; done before the long part.
 
     Args:
         wanted: the check.
+        tokenizer: folder of the model whose tokenizer the result has.
 
     Returns:
-        Name to documents.
+        Name to windows.
 
     Raises:
-        ConfigError: If a text is missing or empty.
-    """  # noqa: DOC502 - raised by read_documents
-    return {name: read_documents(path) for name, path in wanted.text.items()}
+        CheckpointError: If the tokenizer cannot be loaded.
+        ConfigError: If a text is missing, empty or shorter than a window.
+    """  # noqa: DOC502 - raised by what it calls
+    documents = {name: read_documents(path) for name, path in wanted.text.items()}
+    reader = load_tokenizer(tokenizer)
+    return {
+        name: window_text(
+            text,
+            reader,
+            length=wanted.window,
+            tokens=wanted.tokens,
+            name=f"check.text.{name} ({wanted.text[name]})",
+        )
+        for name, text in documents.items()
+    }
 
 
 def check(
     wanted: Check,
     merged: Path,
     references: Mapping[str, Path],
-    documents: Mapping[str, Sequence[str]],
+    windows: Mapping[str, Windows],
     *,
     seed: int = 0,
     steps: Callable[[str], Step] | None = None,
@@ -230,7 +243,7 @@ def check(
         wanted: what to measure.
         merged: the checkpoint folder.
         references: name to folder; the first one holds the budget.
-        documents: name to held-out text.
+        windows: name to held-out text, see `read_texts`.
         seed: of the sampled paths.
         steps: gives a callback for each reference.
 
@@ -239,15 +252,10 @@ def check(
         whether it is kept (None without a budget).
 
     Raises:
-        CheckpointError: If a model or the tokenizer cannot be loaded.
-        ConfigError: If the vocabularies differ, or a text is too short.
+        CheckpointError: If a model cannot be loaded.
+        ConfigError: If the vocabularies differ.
     """  # noqa: DOC502 - raised by what it calls
     model = load_checkpoint(merged)
-    tokenizer = load_tokenizer(merged)
-    windows = {
-        name: window_text(list(text), tokenizer, length=wanted.window, tokens=wanted.tokens, name=name)
-        for name, text in documents.items()
-    }
     figures: dict[str, Any] = {}
     for name, path in references.items():
         step = (steps or (lambda _: lambda entry: None))(f"checking {name}")

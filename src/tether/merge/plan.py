@@ -121,6 +121,10 @@ def make_plan(recipe: Recipe) -> Plan:
         problems += differing
     coordinates, misaligned = align(recipe, opened)
     problems += misaligned
+    if recipe.tokenizer in opened and not opened[recipe.tokenizer].folder.tokenizer:
+        problems.append(
+            f"tokenizer: {recipe.tokenizer} has no tokenizer beside its weights; name a model that has one"
+        )
     unlike, said = compare_conventions(recipe, opened)
     problems, notes = [*problems, *unlike], [*notes, *said]
     if len(opened) < len(recipe.inputs) or misaligned:

@@ -186,11 +186,11 @@ def _measure(plan: Plan, wanted: Check, steps: Reporter) -> Measure:
         )
     if problems:
         raise ConfigError(f"the check cannot be done: {'; '.join(problems)}")
-    from tether.merge.check import check, refuse_unreadable
+    from tether.merge.check import check, read_texts
 
-    documents = refuse_unreadable(wanted)
+    windows = read_texts(wanted, donor.weights)
     references = {name: plan.opened[name].folder.weights for name in names}
-    return lambda folder: check(wanted, folder, references, documents, seed=plan.recipe.seed, steps=steps)
+    return lambda folder: check(wanted, folder, references, windows, seed=plan.recipe.seed, steps=steps)
 
 
 # The report of a folder that holds the result of this very merge already; any other content is refused.
