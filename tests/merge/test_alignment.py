@@ -195,6 +195,17 @@ def test_a_narrower_shallower_model_gives_what_it_has(tmp_path):
     np.testing.assert_allclose(found[up.format(1)], expected, atol=1e-6)
 
 
+def test_layers_may_go_but_not_a_kind_of_tensor(tmp_path):
+    # The result has no place for these biases, whichever layers they are brought to.
+    second = tuned(decoder(layers=1, bias=True), 2)
+    fields = files(tmp_path, second, maps={"layers": np.array([-1, 0])})
+    with pytest.raises(ConfigError, match=r"b has 3 tensors that base lacks: .*bias"):
+        plan(tmp_path, **fields)
+    deeper = tuned(decoder(layers=3), 2)
+    made = plan(tmp_path, **files(tmp_path, deeper, maps={"layers": np.array([0, 2])}))
+    assert made.summary()["merged"] == len(decoder())
+
+
 def test_maps_that_do_not_fit_are_said_before_the_work(tmp_path):
     fields = files(tmp_path, tuned(decoder(hidden=9), 2), maps={"residual": np.arange(7)})
     with pytest.raises(ConfigError) as caught:

@@ -388,7 +388,14 @@ def test_language_towers_are_found_by_structure_and_vision_is_kept(tmp_path):
     np.testing.assert_allclose(found.tensor(f"language_model.model.{up}").numpy(), expected, atol=1e-6)
     head = 0.5 * (first["language_model.lm_head.weight"] + second["lm_head.weight"])
     np.testing.assert_allclose(found.tensor("language_model.lm_head.weight").numpy(), head, atol=1e-6)
-    refused(tmp_path, fields | {"towers": "merge"}, "b lacks 2 tensors of a", "base lacks 2 tensors of a")
+    merged = fields | {"towers": "merge"}
+    refused(
+        tmp_path,
+        merged,
+        "b lacks 2 tensors of a",
+        "base lacks 2 tensors of a",
+        "b has 2 tensors that a lacks",
+    )
 
 
 def test_unknown_structures_merge_by_name(tmp_path):

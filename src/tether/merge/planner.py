@@ -221,7 +221,11 @@ class Planner:
             opened = self.opened[model]
             extra = sorted(opened.inside - self.own.inside - {"lm_head.weight"})
             if model in self.coordinates and "layers" in self.coordinates[model].maps:
-                extra = [name for name in extra if layer_of(name) is None]
+                # Layers may go, but not a kind of tensor that each of them has, such as a bias.
+                kinds = {_kind(name) for name in self.own.inside}
+                extra = [name for name in extra if _kind(name) not in kinds]
+            if self.recipe.towers == "merge":
+                extra += sorted(set(opened.tower.others) - set(self.own.tower.others))
             if extra:
                 self.problems.append(
                     f"{model} has {len(extra)} tensors that {self.own.name} lacks: {few(extra)}"
@@ -235,6 +239,12 @@ class Planner:
                 self.problems.append(
                     f"{model}: no language tower found in it, as there is in {self.own.name}"
                 )
+
+
+# A tensor's name without the number of its layer.
+def _kind(name: str) -> str:
+    layer = layer_of(name)
+    return name if layer is None else name.replace(f"layers.{layer}.", "layers.", 1)
 
 
 def _replaced(plan: TensorPlan, **changes: Any) -> TensorPlan:
