@@ -175,14 +175,15 @@ def test_a_permuted_model_merges_as_the_one_it_was(tmp_path):
     assert made.memory(1) > plan(tmp_path, **files(tmp_path, two)).memory(1)
 
 
-def test_a_narrower_shallower_model_gives_what_it_has(tmp_path):
+@pytest.mark.parametrize("into", ["base", "a"])
+def test_a_narrower_shallower_model_gives_what_it_has(tmp_path, into):
     second = tuned(decoder(layers=1, width=6, hidden=9), 2)
     maps = {
         "residual": np.array([0, 1, -1, 2, 3, 4, -1, 5]),
         "layers": np.array([-1, 0]),
         **{f"layers.{layer}.mlp": np.array([8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -1, -1]) for layer in range(2)},
     }
-    merge(plan(tmp_path, **files(tmp_path, second, maps=maps)), tmp_path / "out", threads=1)
+    merge(plan(tmp_path, **files(tmp_path, second, maps=maps), into=into), tmp_path / "out", threads=1)
     found = load_file(tmp_path / "out" / "model.safetensors")
     parent, one = decoder(), tuned(decoder(), 1)
     half = {name: parent[name] + 0.5 * (one[name] - parent[name]) for name in parent}

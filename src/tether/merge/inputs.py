@@ -113,7 +113,8 @@ class Inputs:
         settings: model name to settings.
         base: the parent's tensor, where the operator needs it.
         models: one a model; None where a model of other depth has no counterpart.
-        fill: the tensor of the model that the result goes into.
+        fill: the tensor of the model that the result goes into; it stands where a model lacks units and there is
+            no parent.
         coordinates: model name to how it is brought there, for aligned ones.
         extras: key to a tensor beside the weights.
         seed: of the recipe.
@@ -241,11 +242,17 @@ class Inputs:
     def _brought(self, source: Source | None, model: str) -> Floats:
         if model in self._whole:
             return self._whole[model]
-        values = self._load(source or self.fill)
+        values = self._absent(model) if source is None else self._load(source)
         if source is not None and model in self.coordinates:
-            values = bring(self.canonical, values, self._load(self.fill), *self.coordinates[model])
+            values = bring(self.canonical, values, self._absent(model), *self.coordinates[model])
         self._whole[model] = values
         return values
+
+    # What stands where a model has no unit: the parent's values, so that it changes nothing there.
+    def _absent(self, model: str) -> Floats:
+        if self.base is None or model == self.base.model:
+            return self._load(self.fill)
+        return self._brought(self.base, self.base.model)
 
     def _load(self, source: Source) -> Floats:
         values = np.empty(prod(source.shape), np.float32)

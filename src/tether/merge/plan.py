@@ -66,7 +66,7 @@ class Plan:
         whole = 0
         if self.operator.whole or self.coordinates:
             largest = max((prod(tensor.shape) for tensor in self.tensors if tensor.kept is None), default=0)
-            whole = largest * 4 * ((sources + 1) if self.operator.whole else len(self.coordinates) + 2)
+            whole = largest * 4 * ((sources + 1) if self.operator.whole else len(self.coordinates) + 3)
         return threads * (buffers + whole)
 
     def summary(self) -> dict[str, Any]:
