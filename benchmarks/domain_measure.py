@@ -132,7 +132,7 @@ def measure_gated(bench: Bench, text: str, seed: int) -> dict[str, Any]:
         A cell for each kind.
     """
     windows, cells = bench.test(text), {}
-    for arm in ("lora", "leashed"):
+    for arm in (name for name in ("lora", "leashed") if name in bench.plan.adapters):
         served = serve(bench.model, {bench.adapter(arm, name, seed): 1.0 for name in DOMAINS}, gated=True)
         variants = {f"{arm}, gated": Variant((1.0,) * len(DOMAINS), "symmetric", True)}
         found = measure(served, served.fusion, windows, list(variants.values()))

@@ -52,6 +52,8 @@ class Plan:
 PLANS = {
     "full": Plan(),
     "long": Plan(test=1_500, probe=1024, betas=(0.3,), once=()),
+    # Of `long` what a change of the fit of deltas bears on.
+    "deltas": Plan(test=1_500, probe=1024, betas=(), adapters=("lora",), once=()),
     "middle": Plan(train=8_000, test=640, probe=768),
     "fast": Plan(
         train=1_100,
