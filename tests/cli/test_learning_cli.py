@@ -102,6 +102,10 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
         ),
         ((*LEARN, "--text", "digits.jsonl", "--out", "words.jsonl"), "exists already"),
         (("fuse", "base", "--text", "general.jsonl", "--out", "f"), "--text general.jsonl without --budget"),
+        (
+            ("weigh", "base", "a=b.jsonl", "--base-text", "general.jsonl"),
+            "b.jsonl: no such text file",
+        ),
         (("weigh", "base", "a.delta", "--base-text", "general.jsonl"), "law.delta=law.jsonl"),
         (("weigh", "base", "a.delta=none.jsonl", "--base-text", "general.jsonl"), "no such text file"),
     ],

@@ -6,11 +6,15 @@ import torch
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.budget import Budget
+from tether.delta.fusion import fuse
 from tether.delta.head import Head, Reference, token_drift
 from tether.delta.learning import anchor_text, fit_delta, learn_delta, reference
+from tether.delta.material import gather
 from tether.delta.objective import output_fisher
+from tether.delta.source import spread
 from tether.delta.training import Fit
 from tether.errors import CheckpointError, ConfigError
+from tether.store.documents import text_hash
 
 
 def fit(model, caches, name="digits", **options):
@@ -122,6 +126,69 @@ def test_from_text_to_delta(model, tokenizer, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     assert {"step", "steps", "nll", "drift", "multiplier"} <= steps[-1].keys()
     assert math.isfinite(delta.record["drift_base"])
+    assert delta.record["texts"]["domain"] == text_hash(tiny.documents("digits", 12))
+    assert delta.record["fit"]["lr"] == 1e-3
+    assert delta.record["window"] == 64
+
+
+def test_plain_base_text_is_cut_in_two_at_a_word(model, tokenizer, tmp_path):
+    (tmp_path / "base.txt").write_text(" ".join(tiny.documents("words", 12)))
+    material = gather(model, tokenizer, tiny.documents("digits", 12), tmp_path / "base.txt", window=64)
+    fitted, held_out = (tokenizer.decode(windows.input_ids) for windows in material.windows[1:])
+    whole = (tmp_path / "base.txt").read_text()
+    assert fitted == whole[: len(fitted)]
+    assert len(fitted) / len(whole) == pytest.approx(0.6, abs=0.02)
+    # The rest begins where the first part ended, up to what is too short for a window there.
+    at = whole.index(held_out[:64])
+    assert 0 <= at - len(fitted) < 32
+    assert whole[at - 1] == " "
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_too_few_windows_for_a_gate_are_found_before_the_model_runs(model, tokenizer, monkeypatch, count):
+    monkeypatch.setattr(model.backbone, "forward", lambda *_, **__: pytest.fail("the backbone ran"))
+    words = tiny.documents("words", 12)
+    fails = (
+        pytest.raises(ConfigError, match="at least 4 windows")
+        if count < 4
+        else pytest.raises(pytest.fail.Exception)
+    )
+    with fails:
+        learn_delta(model, tokenizer, ["a" * 64] * count, base_texts=words, window=64)
+
+
+def test_a_fusion_is_no_base_to_learn_on(model, caches, tokenizer):
+    fused = fuse(model, {fit(model, caches, "digits", gate=False): 1.0}, gated=False)
+    words = tiny.documents("words", 12)
+    with pytest.raises(ConfigError, match=r"the model is fused \(digits\)"):
+        learn_delta(fused, tokenizer, words, base_texts=words)
+
+
+def test_a_fit_that_diverges_is_an_error(model, caches):
+    anchor = anchor_text(model, caches["words"], caches["words-held-out"], background=tiny.BACKGROUND)
+    with pytest.raises(ConfigError, match="diverged"):
+        fit_delta(
+            model, caches["digits"], anchor, "digits", Fit(lr=300.0, epochs=2, gate=False, candidates=200)
+        )
+
+
+def test_several_processes_need_a_folder_that_they_share(model, tokenizer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = tiny.documents("words", 12)
+    with pytest.raises(ConfigError, match="cache_folder"):
+        learn_delta(model, tokenizer, words, base_texts=words, window=64)
+
+
+def test_base_text_is_held_up_to_a_limit_and_spread(model, caches, monkeypatch):
+    monkeypatch.setattr("tether.delta.anchor.MOST", 50)
+    anchor = anchor_text(model, caches["words"], caches["words-held-out"], background=tiny.BACKGROUND)
+    states = caches["words"].states.float()
+    assert torch.equal(anchor.fitted.states[[0, -1]], states[[0, -1]])
+    assert (len(anchor.fitted.states), len(anchor.probe.states)) == (50, 50)
+
+
+def test_positions_of_a_long_text_stay_inside_it():
+    assert int(spread(20_000_004, 1024).max()) == 20_000_003
 
 
 def test_bad_options(model, tokenizer):
@@ -130,11 +197,13 @@ def test_bad_options(model, tokenizer):
         learn_delta(model, tokenizer, words, base_texts=words, budget=0.0)
     with pytest.raises(ConfigError, match="linear, symmetric"):
         learn_delta(model, tokenizer, words, base_texts=words, chart="flat")
-    with pytest.raises(ConfigError, match="at least 2"):
-        learn_delta(model, tokenizer, words, base_texts=words[:1])
+    with pytest.raises(ConfigError, match="location_only in chart geodesic"):
+        learn_delta(model, tokenizer, words, base_texts=words, chart="geodesic", location_only=True)
+    with pytest.raises(ConfigError, match="leave out quantile"):
+        learn_delta(model, tokenizer, words, base_texts=words, budget=None, penalty=1.0, quantile=0.9)
     with pytest.raises(ConfigError, match=r"the domain text gives .* at least one context"):
         learn_delta(model, tokenizer, ["short"], base_texts=words)
-    with pytest.raises(ConfigError, match=r"meet the budget on \(40% of its documents\) gives"):
+    with pytest.raises(ConfigError, match=r"meet the budget on \(40% of it\) gives"):
         learn_delta(model, tokenizer, words, base_texts=["word " * 300] * 3 + ["short"] * 2)
     with pytest.raises(ConfigError, match="positive"):
         Fit(epochs=0)

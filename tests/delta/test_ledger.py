@@ -105,6 +105,36 @@ def test_the_ledger_is_what_fusing_anew_gives(model, tokenizer, deltas, chart, g
     assert (rows["a"]["gate_open"] < 1) == gated
 
 
+def test_under_softmax_gates_the_others_take_over_what_a_domain_leaves(model, tokenizer, deltas):
+    text = tiny.documents("words", 2)
+
+    def ledger(some):
+        return keep_ledger(fuse(model, some, gate="softmax"), tokenizer, text, window=48)
+
+    figures = ledger(deltas)
+    assert 0 < figures["domains"]["a"]["gate_open"] < 1
+    for name in "abc":
+        rest = ledger({d: w for d, w in deltas.items() if d.name != name})["total"]["measured"]
+        saved = figures["total"]["measured"] - rest
+        assert figures["domains"][name]["removal"] == pytest.approx(saved, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("chart", ["geodesic", "rootkl"])
+def test_second_coordinates_of_a_curved_chart_are_not_taken_for_locations(model, tokenizer, chart):
+    # They move the scale too, so the bound has the constant of deltas that do; with 1 it was broken.
+    head = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 24
+    same = {
+        Delta(
+            name=name, chart=chart, first=None, second=head, gate=None, base=model.config.base_fingerprint
+        ): 1.0
+        for name in "ab"
+    }
+    fused = fuse(model, same, chart="linear")
+    assert not fused.config.fusion["location_only"]
+    total = keep_ledger(fused, tokenizer, tiny.documents("words", 3), window=64)["total"]
+    assert total["measured"] <= total["allowed"]
+
+
 def test_room_is_what_another_delta_may_drift(generator):
     for chart in CHARTS:
         left = room(0.2, 1.5, chart)

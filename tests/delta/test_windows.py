@@ -24,8 +24,15 @@ def test_windows_hold_every_document_in_order_and_never_cross_one():
 def test_limits():
     documents = ["a" * 200] * 5
     assert len(window_text(documents, tiny.tokenizer(), length=64, per_document=1).input_ids) == 5 * 64
-    # 200 = 64 * 3 + 8: the rest of 8 tokens is dropped; two documents bring 300 tokens.
-    assert len(window_text(documents, tiny.tokenizer(), length=64, tokens=300).input_ids) == 2 * 192
+    # 200 = 64 * 3 + 8: the rest of 8 tokens is dropped; the window that brings 300 tokens is the last.
+    assert len(window_text(documents, tiny.tokenizer(), length=64, tokens=300).input_ids) == 5 * 64
+    assert (
+        len(window_text(documents, tiny.tokenizer(), length=64, tokens=300, whole=True).input_ids) == 2 * 192
+    )
+    assert len(window_text(["a" * 6400], tiny.tokenizer(), length=64, tokens=300).input_ids) == 5 * 64
+    for wrong in ({"length": 1}, {"length": 64, "tokens": 0}):
+        with pytest.raises(ConfigError, match="at least 2 and at least 1"):
+            window_text(documents, tiny.tokenizer(), **wrong)
 
 
 def test_batches_give_every_token_once():

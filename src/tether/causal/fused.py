@@ -131,14 +131,44 @@ class Fusion(nn.Module):
         """
         if not self.gated:
             return hidden_states.new_ones(len(self.domains), *mask.shape, dtype=torch.float32), None
+        distance, opened, count, state = self._distances(hidden_states, mask, state)
+        return self._shared(distance, opened, count, list(range(len(self.domains)))), state
+
+    def gates_without(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """Give the gates that would act if one of the domains were taken out.
+
+        Args:
+            hidden_states: z, shape (B, T, H), as of `gates`.
+            mask: which positions carry a token, shape (B, T), bool.
+
+        Returns:
+            Factors of the weights when the first index is out, shape (N, N, B, T); 0 for itself.
+        """
+        count = len(self.domains)
+        found = torch.zeros(count, count, *mask.shape)
+        distances = self._distances(hidden_states, mask, None) if self.gated else None
+        for out in range(count):
+            left = [row for row in range(count) if row != out]
+            if left:
+                found[out, left] = 1.0 if distances is None else self._shared(*distances[:3], left)
+        return found
+
+    # Squared distances, which gates are open, shape (N, B, T) each; tokens in each window, shape (B, T); the state.
+    def _distances(
+        self, hidden_states: Tensor, mask: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         last = hidden_states[..., : self.hidden_size]
         mean, count, state = window_mean(last, mask, self.window, state)
-        whitening, precision = self.gate_whitening.float(), self.gate_precision.float()
-        distance = gate_distance(mean, count, self.window, self.gate_center.float(), whitening, precision)
-        opened = gate_open(distance, count, self.gate_threshold.float())
-        if self.gate == "softmax":
-            opened = gate_softmax(distance, opened, count, self.window, whitening, precision)
-        return opened, state
+        statistics = self.gate_center.float(), self.gate_whitening.float(), self.gate_precision.float()
+        distance = gate_distance(mean, count, self.window, *statistics)
+        return distance, gate_open(distance, count, self.gate_threshold.float()), count, state
+
+    # What gates of some domains let through when there are no others.
+    def _shared(self, distance: Tensor, opened: Tensor, count: Tensor, rows: list[int]) -> Tensor:
+        if self.gate != "softmax":
+            return opened[rows]
+        whitening, precision = self.gate_whitening[rows].float(), self.gate_precision[rows].float()
+        return gate_softmax(distance[rows], opened[rows], count, self.window, whitening, precision)
 
     def add(self, x: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Add the deltas in the fusion's chart with weights times gates.

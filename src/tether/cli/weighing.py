@@ -74,9 +74,11 @@ def weigh(
 
 
 def _pair(text: str) -> tuple[Path, Path]:
-    """Read `file.delta=text.jsonl`."""
-    path, equals, domain = text.partition("=")
-    if not equals or not domain:
+    """Read `file.delta=text.jsonl`; either may have `=` in it."""
+    parts = text.split("=")
+    cuts = [("=".join(parts[:n]), "=".join(parts[n:])) for n in range(1, len(parts))]
+    path, domain = next((cut for cut in cuts if Path(cut[0]).is_file()), cuts[0] if cuts else ("", ""))
+    if not path or not domain:
         raise ConfigError(
             f"{text!r}: expected a delta file and the text of its domain, as law.delta=law.jsonl"
         )

@@ -1,7 +1,6 @@
 """Learn a domain as a LoRA adapter under a drift budget: a constrained fit, then one factor on the adapter."""
 
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,13 +16,10 @@ from tether.delta.adapter_training import AdapterFit, AdapterTraining, take_wind
 from tether.delta.anchor import check_base
 from tether.delta.background import write_background
 from tether.delta.budget import Budget, meet_budget
-from tether.delta.cache import StateCache, cached, hidden_states
+from tether.delta.cache import StateCache, hidden_states
 from tether.delta.gate import fit_gate
-from tether.delta.learning import HELD_OUT
+from tether.delta.material import gather, states_of
 from tether.delta.training import Step
-from tether.delta.windows import window_text
-from tether.errors import ConfigError
-from tether.store.documents import read_documents, text_hash
 from tether.store.manifest import versions
 
 __all__ = ["fit_adapter", "learn_adapter", "meet_adapter"]
@@ -181,31 +177,16 @@ def learn_adapter(
 
     Raises:
         ConfigError: a text missing, empty or shorter than one context, or PEFT is not installed.
-    """
-    path = Path(texts) if isinstance(texts, str | Path) else None
-    documents = [read_documents(t) if isinstance(t, str | Path) else list(t) for t in (texts, base_texts)]
-    if len(documents[1]) < 2:
-        raise ConfigError(
-            f"{len(documents[1])} base document: expected at least 2, some for the fit and some to meet the budget on"
-        )
-    cut = max(1, round(len(documents[1]) * (1 - HELD_OUT)))
-    parts = {
-        "the domain text": documents[0],
-        "the base text's part for the fit": documents[1][:cut],
-        "the base text's part to meet the budget on": documents[1][cut:],
-    }
-    windows = [
-        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
-        for called, part in parts.items()
-    ]
-    with tempfile.TemporaryDirectory(prefix="tether-") as temporary:
-        folder = Path(cache_folder) if cache_folder else Path(temporary)
-        domain, base, held_out = (cached(model, part, folder, on_step=on_step) for part in windows)
-        called = name or (path.stem if path else "domain")
-        chosen = fit or AdapterFit()
+    """  # noqa: DOC502 - raised by what it calls
+    chosen = fit or AdapterFit()
+    material = gather(
+        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=chosen.gate
+    )
+    with states_of(model, material.windows, cache_folder, on_step=on_step) as states:
+        domain, base, held_out = states
         written = write_background(model) if chosen.gate else None
-        adapter = fit_adapter(model, domain, base, held_out, called, chosen, on_step, background=written)
-    adapter.record["texts"] = {
-        kind: text_hash(text) for kind, text in zip(("domain", "base"), documents, strict=True)
-    }
+        adapter = fit_adapter(
+            model, domain, base, held_out, material.name, chosen, on_step, background=written
+        )
+    adapter.record["texts"] = material.hashes
     return adapter

@@ -9,10 +9,14 @@ from tether.delta.background import write_background
 from tether.delta.cache import StateCache, backbone_print
 from tether.delta.head import Reference
 from tether.delta.objective import output_fisher
-from tether.delta.source import reference
+from tether.delta.source import reference, spread
 from tether.errors import CheckpointError
 
 __all__ = ["Anchor", "anchor_text", "check_base", "feature_layers", "output_head"]
+
+
+MOST = 32_768
+"""Tokens of base text that fits see, and that budgets are met on, at most: spread over the text, held in memory."""
 
 
 class Anchor(NamedTuple):
@@ -63,10 +67,12 @@ def anchor_text(
     """  # noqa: DOC502 - raised by check_base
     for cache in (base, held_out):
         check_base(model, cache, base.layers)
-    fitted = reference(model, base.states.float())
+    # Fits draw a few hundred of these a step: more of them would cost memory and nothing else.
+    fitted, probe = (
+        reference(model, cache.states[spread(len(cache.states), MOST)].float()) for cache in (base, held_out)
+    )
     weight, bias = output_head(model)
     fisher = output_fisher(weight, fitted.some(tokens).loc, bias)
-    probe = reference(model, held_out.states.float())
     written = write_background(model) if background is None else background
     return Anchor(fitted, probe, fisher, base.base, base.layers, written)
 

@@ -75,7 +75,9 @@ def middle_basis(cache: StateCache) -> Basis:
     size = cache.states.shape[1] // (1 + len(cache.layers))
     if not cache.layers:
         return Basis(size, None)
-    index = torch.linspace(0, len(cache.states) - 1, min(TOKENS, len(cache.states))).long()
+    index = torch.linspace(
+        0, len(cache.states) - 1, min(TOKENS, len(cache.states)), dtype=torch.float64
+    ).long()
     middle = cache.states[index][:, size:].float()
     vector = torch.linalg.eigh(middle.T @ middle / len(middle))[1]
     return Basis(size, vector[:, -max(1, round(SHARE * size)) :].contiguous())

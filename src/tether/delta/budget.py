@@ -52,6 +52,8 @@ class Budget:
             raise ConfigError(f"quantile={self.quantile}: expected a share in (0, 1), or none for the mean")
         if self.hard and (self.quantile is not None or self.penalty is not None):
             raise ConfigError("a hard budget limits every context: leave out quantile and penalty")
+        if self.penalty is not None and self.quantile is not None:
+            raise ConfigError("a penalty limits nothing: leave out quantile")
         if not self.stretch >= 1:
             raise ConfigError(f"stretch={self.stretch}: expected a factor >= 1")
 

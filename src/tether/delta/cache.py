@@ -294,7 +294,8 @@ def cached(
     """
     from tether.delta.shards import PART_TOKENS, cache_shards, load_shards, together
 
-    digest = hashlib.sha256(backbone_print(model).encode())
+    # States of a model in half precision are not those of the same model in single precision.
+    digest = hashlib.sha256(f"{backbone_print(model)} {model.action.weight.dtype}".encode())
     for values in windows:
         digest.update(values.numpy().tobytes())
     if layers:

@@ -37,6 +37,8 @@ from tether.store.manifest import versions
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
 
 ADDED = {1: ("token_law", "leash_pulled", "budgets"), 2: ("budgets",)}
+WHOLE = 3
+"""Up to this schema the document that reached the limit of tokens was measured whole."""
 """Figures that certificates of older schemas do not have."""
 TOLERANCE = 2e-3
 """Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
@@ -141,12 +143,12 @@ def _name(text: Any) -> str:
 
 # A text's windows, and the beginnings of documents that the model shall go on from.
 def _prepared(
-    documents: Sequence[str], tokenizer: Any, chosen: Settings, name: str
+    documents: Sequence[str], tokenizer: Any, chosen: Settings, name: str, *, whole: bool = False
 ) -> tuple[Windows, Tensor | None]:
     called = f"text {name}"
     windows = window_text(
         documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document,
-        name=called,
+        name=called, whole=whole,
     )  # fmt: skip
     if not chosen.continuations:
         return windows, None
@@ -263,7 +265,9 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
         if text_hash(documents) != text["documents"]:
             wrong.append(f"text {name}: its documents are not the ones described")
         stated = certificate.figures[name]
-        windows, begun = _prepared(documents, tokenizer, chosen, name)
+        windows, begun = _prepared(
+            documents, tokenizer, chosen, name, whole=certificate.schema_version <= WHOLE
+        )
         ids = None
         if "continuations" in stated and begun is not None:
             # What was written is stated, and checked: writing it again could part at a rounding error.

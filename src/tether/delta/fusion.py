@@ -126,7 +126,8 @@ def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[st
         "domains": [delta.name for delta in deltas],
         "native": [delta.chart for delta in deltas],
         "weights": [float(weight) for weight in deltas.values()],
-        "location_only": all(delta.first is None for delta in deltas),
+        # In the curved charts a second coordinate alone moves the scale too.
+        "location_only": all(d.first is None and d.chart in ("linear", "symmetric") for d in deltas),
         "layers": sorted({layer for delta in deltas for layer in delta.layers}),
         "budgets": [
             {key: delta.record.get(key) for key in ("metric", "budget", "latent_base")} for delta in deltas

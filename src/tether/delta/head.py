@@ -89,7 +89,9 @@ class Reference(NamedTuple):
         Returns:
             The selection.
         """
-        index = torch.linspace(0, len(self.states) - 1, min(count, len(self.states))).long()
+        index = torch.linspace(
+            0, len(self.states) - 1, min(count, len(self.states)), dtype=torch.float64
+        ).long()
         return Reference(*(values[index] for values in self))
 
     def join(self, other: "Reference") -> "Reference":

@@ -1,9 +1,10 @@
 """Learn a domain as a delta of the abduction head, from cached states, under a drift budget."""
 
+import itertools
 import math
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,14 @@ from torch import Tensor
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
 from tether.delta.basis import middle_basis
 from tether.delta.budget import AIM, Budget, meet_budget
-from tether.delta.cache import StateCache, cached, latent_print
+from tether.delta.cache import StateCache, latent_print
 from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
 from tether.delta.head import METRICS, Head, Reference, token_drift
+from tether.delta.material import gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
-from tether.delta.source import Source, reference, set_aside, spread
+from tether.delta.source import PIECE, Source, reference, set_aside, spread
 from tether.delta.training import Aside, Fit, Step, Training
-from tether.delta.windows import window_text
 from tether.errors import ConfigError
 from tether.store.documents import read_documents
 from tether.store.manifest import versions
@@ -34,9 +35,6 @@ __all__ = [
     "learn_delta",
     "reference",
 ]
-
-HELD_OUT = 0.4
-"""Share of the base documents on which the budget is met; the fit sees the others."""
 
 
 def fit_delta(
@@ -65,6 +63,7 @@ def fit_delta(
 
     Raises:
         CheckpointError: states of another backbone than the model's, or of other layers than the anchor's.
+        ConfigError: the fit diverged, or too few windows for a gate.
     """  # noqa: DOC502 - raised by check_base
     check_base(model, domain, anchor.layers)
     if fit.gate:
@@ -91,6 +90,8 @@ def fit_delta(
     head = training.run(
         lambda head: float(fit.budget.statistic(needs.drift("softmax", head, some_base))), on_step
     )
+    if not all(bool(part.isfinite().all()) for part in (head.first, head.second) if part is not None):
+        raise ConfigError(f"the fit diverged: its heads are not finite; lower lr={fit.lr:g}")
     record: dict[str, Any] = {
         "budget": fit.budget.value,
         "metric": fit.budget.metric,
@@ -104,6 +105,11 @@ def fit_delta(
         "tokens_aside": 0 if watched is None else len(watched.targets),
         "layers": list(domain.layers),
         "latent": latent_print(model),
+        "fit": {
+            field.name: getattr(fit, field.name)
+            for field in fields(fit)
+            if field.name not in {"budget", "features"}
+        },
         "versions": versions(),
     }
     if fit.budget.value is not None:
@@ -141,32 +147,41 @@ class _Needs(NamedTuple):
 
 def _meet(head: Head, source: Source, anchor: Anchor, fit: Fit, needs: _Needs) -> tuple[Head, dict[str, Any]]:
     budget, metric = fit.budget, fit.budget.metric
-    if budget.hard:
-        probe = source.some(len(source)).join(anchor.fitted)
-    else:
-        probe = anchor.probe.some(fit.probe) if metric == "softmax" else anchor.probe
+    held_out = anchor.probe.some(fit.probe) if metric == "softmax" else anchor.probe
 
-    def drift(metric: str, factor: float, at: Reference) -> float:
-        return float(budget.statistic(needs.drift(metric, head.scaled(factor), at)))
+    def probe() -> Iterable[Reference]:
+        if not budget.hard:
+            return [held_out]
+        # Every training context, a piece at a time: of a large text they are on disk.
+        pieces = torch.arange(len(source)).split(PIECE)
+        return itertools.chain((source.take(piece) for piece in pieces), [anchor.fitted])
+
+    def drift(metric: str, factor: float, at: Iterable[Reference]) -> float:
+        scaled = head.scaled(factor)
+        return float(budget.statistic(torch.cat([needs.drift(metric, scaled, piece) for piece in at])))
 
     # Each full measurement is dear. How fast drift grows along the ray is learnt from a cheap form of it, and
     # where to begin from a third of the tokens, corrected by what that form says those are of the whole.
     inner = "latent" if metric == "latent" else "fisher"
-    full, less = drift(inner, 1.0, probe), drift(inner, 0.9, probe)
+    full, less = drift(inner, 1.0, probe()), drift(inner, 0.9, probe())
     power = math.log(full / less) / math.log(1 / 0.9) if min(full, less) > 0 else 2.0
     value = budget.value or 0.0
-    third = probe.some(max(1, min(fit.probe, len(probe.states)) // 3))
+    some = held_out
+    if budget.hard:
+        some = source.some(len(source) * fit.probe // (len(source) + len(anchor.fitted.states)) + 1)
+    third = [some.some(max(1, min(fit.probe, len(some.states)) // 3))]
     rough = drift(metric, 1.0, third) * full / max(drift(inner, 1.0, third), 1e-30)
     start = (AIM * value / rough) ** (1 / max(power, 0.5)) if rough > 0 else 1.0
     met = meet_budget(
-        lambda factor: drift(metric, factor, probe),
+        lambda factor: drift(metric, factor, probe()),
         value,
         start=start,
         power=power,
         ceiling=budget.stretch,
         tries=40 if metric == "latent" else 8,
     )
-    figures = {"factor": met.scale, "drift_base": met.drift, "drift_tokens": len(probe.states)}
+    tokens = len(source) + len(anchor.fitted.states) if budget.hard else len(held_out.states)
+    figures = {"factor": met.scale, "drift_base": met.drift, "drift_tokens": tokens}
     return head.scaled(met.scale), figures
 
 
@@ -235,7 +250,7 @@ def learn_delta(
         metric: what the budget is in: `softmax`, `fisher` or `latent`.
         penalty: the source document's plain lambda in place of a budget.
         window: tokens a context.
-        tokens: domain tokens to use at most; as many base tokens are used.
+        tokens: domain tokens to use at most, up to a window; as many base tokens are used.
         cache_folder: where hidden states are kept for the next fit; None keeps them only for this call.
         on_step: called with progress.
         options: other fields of `Budget` and `Fit`: `features="multi"`, `location_only=True`, `quantile=0.95`,
@@ -249,27 +264,14 @@ def learn_delta(
         CheckpointError: cached states of another backbone.
     """  # noqa: DOC502 - raised by what it calls
     fit = check_options(budget=budget, metric=metric, penalty=penalty, **options)
-    path = Path(texts) if isinstance(texts, str | Path) else None
-    documents = [read_documents(t) if isinstance(t, str | Path) else list(t) for t in (texts, base_texts)]
-    if len(documents[1]) < 2:
-        raise ConfigError(
-            f"{len(documents[1])} base document: expected at least 2, some for the fit and some to meet the budget on"
-        )
-    cut = max(1, round(len(documents[1]) * (1 - HELD_OUT)))
-    parts = {
-        "the domain text": documents[0],
-        f"the base text's part for the fit ({1 - HELD_OUT:.0%} of its documents)": documents[1][:cut],
-        f"the base text's part to meet the budget on ({HELD_OUT:.0%} of its documents)": documents[1][cut:],
-    }
-    windows = [
-        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
-        for called, part in parts.items()
-    ]
-    with tempfile.TemporaryDirectory(prefix="tether-") as temporary:
-        folder = Path(cache_folder) if cache_folder else Path(temporary)
-        layers = feature_layers(model, fit.features)
-        domain, base, held_out = (
-            cached(model, part, folder, layers=layers, on_step=on_step) for part in windows
-        )
+    material = gather(
+        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate
+    )
+    layers = feature_layers(model, fit.features)
+    with states_of(model, material.windows, cache_folder, layers=layers, on_step=on_step) as states:
+        domain, base, held_out = states
         anchor = anchor_text(model, base, held_out)
-        return fit_delta(model, domain, anchor, name or (path.stem if path else "domain"), fit, on_step)
+        delta = fit_delta(model, domain, anchor, material.name, fit, on_step)
+    delta.record["texts"] = material.hashes
+    delta.record["window"] = window
+    return delta

@@ -173,23 +173,27 @@ def _accumulate(fused: Any, fusion: Fusion, windows: Windows, next_drift: float 
     for batch in windows.batches(8):
         states = hidden_states(fused, batch, fusion.layers)
         gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
-        for part, open_gates in zip(states[batch.mask].split(ROWS), gates.split(ROWS, dim=1), strict=True):
+        # Under softmax gates the others take over what a domain leaves.
+        left = fusion.gates_without(states, batch.mask)[..., batch.mask]
+        parts = zip(states[batch.mask].split(ROWS), gates.split(ROWS, 1), left.split(ROWS, 2), strict=True)
+        for part, open_gates, others in parts:
             x, y = fusion.deltas(part)
-            weights = torch.tensor(fusion.weights).unsqueeze(-1) * open_gates
-            for name, value in _contexts(fusion, x, y, weights, next_drift).items():
+            weights, remaining = (
+                torch.tensor(fusion.weights).unsqueeze(-1) * g for g in (open_gates, others)
+            )
+            for name, value in _contexts(fusion, x, y, weights, remaining, next_drift).items():
                 sums[name] = sums.get(name, 0) + value
             sums["gates"] = sums.get("gates", 0) + open_gates.double().sum(-1)
     return sums
 
 
 def _contexts(
-    fusion: Fusion, x: Tensor, y: Tensor, weights: Tensor, next_drift: float | None
+    fusion: Fusion, x: Tensor, y: Tensor, weights: Tensor, remaining: Tensor, next_drift: float | None
 ) -> dict[str, Tensor]:
     chart = fusion.chart
     of_bound = "symmetric" if fusion.location_only and chart == "linear" else chart
     first, second = to_chart(x, y, chart)
     scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
-    total = [part.sum(0) for part in scaled]
 
     def moved(a: Tensor, b: Tensor) -> Tensor:
         return drift(*from_chart(a, b, chart)).sum(-1).sum(-1)
@@ -201,7 +205,9 @@ def _contexts(
         "shares": own.sum(-1),
         "total": nats.sum(),
         "alone": moved(*scaled),
-        "without": moved(*(all_ - part for all_, part in zip(total, scaled, strict=True))),
+        "without": torch.stack(
+            [moved(*(row.unsqueeze(0) for row in _added(first, second, w)))[0] for w in remaining]
+        ),
         "pairs": pairs,
         "allowed": fused_drift_bound(alone, weights, of_bound).sum(),
     }
@@ -217,6 +223,10 @@ def _contexts(
         fused = [(part.double() * weights.double().unsqueeze(-1)).sum(0) for part in parts]
         drifts.append(drift(*from_chart(fused[0], fused[1], other)).sum())
     return found | {"allowed_in": torch.stack(bounds), "total_in": torch.stack(drifts)}
+
+
+def _added(first: Tensor, second: Tensor, weights: Tensor) -> list[Tensor]:
+    return [torch.einsum("mnc,mn->nc", part.double(), weights.double()) for part in (first, second)]
 
 
 def check_allowance(

@@ -22,7 +22,7 @@ __all__ = [
     "read",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without."""
 
 CLAIMS = (

@@ -90,9 +90,13 @@ def cache_shards(
     if tokens is None:
         tokens = min(PART_TOKENS, max(1, math.ceil(len(windows.input_ids) / (LEAST_PARTS * world))))
         tokens = PART_TOKENS if world == 1 else tokens
+    there = sorted(folder.glob("part-*.safetensors"))
+    if there and len(there) == int(there[0].stem.rpartition("-of-")[2]):
+        wait()
+        return folder  # complete, whoever cut it: the folder's name is a hash of the text
     parts = cut(windows, tokens)
     names = [folder / f"part-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    if foreign := set(folder.glob("part-*.safetensors")) - set(names):
+    if foreign := set(there) - set(names):
         raise ConfigError(
             f"{folder}: begun with other parts ({min(foreign).name}), now {len(parts)} are expected; go on with as "
             "many processes as before, or remove the folder"

@@ -133,6 +133,7 @@ def set_aside(documents: Tensor, share: float) -> tuple[Tensor, Tensor]:
     count = round(share * len(numbers)) if len(numbers) >= 4 else 0
     if share > 0 and len(numbers) >= 4:
         count = max(count, 1)
+    count = min(count, len(numbers) - 1)
     away = torch.zeros(len(numbers), dtype=torch.bool)
     if count:
         away[((torch.arange(count) + 0.5) * len(numbers) / count).long()] = True
@@ -149,4 +150,4 @@ def spread(length: int, count: int) -> Tensor:
     Returns:
         Positions in [0, length), ascending, shape (min(count, length),).
     """
-    return torch.linspace(0, length - 1, min(count, length)).long()
+    return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).long()

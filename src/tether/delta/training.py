@@ -43,8 +43,8 @@ class Fit:
         budget: the constraint, or the plain penalty.
         chart: chart in which the head is linear.
         features: one of `FEATURES`; read by `learn_delta`, which caches them.
-        location_only: leave the scale of U alone. Then `linear` and `symmetric` are one chart, its constant
-            is 1, and the delta can be folded into an output head.
+        location_only: leave the scale of U alone, in chart `linear` or `symmetric`. These two are then one
+            chart, its constant is 1, and the delta can be folded into an output head.
         gate: fit a one-class gate too.
         epochs: passes over the domain text at most.
         full_epochs: of these, the last ones take the loss over the whole vocabulary.
@@ -78,6 +78,11 @@ class Fit:
     def __post_init__(self) -> None:
         if self.chart not in CHARTS:
             raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
+        if self.location_only and self.chart not in ("linear", "symmetric"):
+            raise ConfigError(
+                f"location_only in chart {self.chart}: its second coordinate moves the scale too; take symmetric or "
+                "linear"
+            )
         if self.features not in FEATURES:
             raise ConfigError(f"features={self.features!r}: expected one of {', '.join(FEATURES)}")
         if (

@@ -1,6 +1,5 @@
 """Weights of a fusion: the most gain on the domains under a drift budget, certified on text not used for it."""
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,19 +9,22 @@ import torch
 
 from tether.causal.fused import Fusion
 from tether.delta.budget import Budget, Met
-from tether.delta.cache import StateCache, cached
+from tether.delta.cache import StateCache
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
+from tether.delta.material import check_plain, states_of
 from tether.delta.problem import BASE_TOKENS, Problem
 from tether.delta.solver import minimise_loss
 from tether.delta.source import spread
-from tether.delta.windows import window_text
+from tether.delta.windows import Windows, window_text
 from tether.errors import CertificateError, ConfigError
 from tether.stats import clopper_pearson, quantile_upper_bound
 from tether.store.documents import read_documents
 
 __all__ = ["Weighed", "optimise_weights", "weigh_texts"]
 
+MOST = 2.0
+"""Largest weight, unless another is asked for."""
 ROUNDS = 3
 """How often the surrogate is brought to the scale of the measured drift, and the problem solved again."""
 
@@ -50,7 +52,7 @@ def optimise_weights(
     budget: Budget,
     chart: str = "symmetric",
     gated: bool = False,
-    most: float = 2.0,
+    most: float = MOST,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Weighed:
@@ -142,17 +144,8 @@ def _check(
     budget: Budget,
     most: float,
 ) -> None:
-    if missing := [delta.name for delta in deltas if delta.name not in domains]:
-        raise ConfigError(f"no text for {', '.join(missing)}: expected states of every delta's domain")
-    if budget.value is None or budget.hard:
-        raise ConfigError("expected a budget on the mean or a quantile of the drift on base text")
-    if not most > 0:
-        raise ConfigError(f"most={most}: expected a largest weight > 0")
-    count = len(base.windows.documents.unique())
-    if count < 6:
-        raise ConfigError(
-            f"{count} base documents: expected at least 6, two each to fit, to scale and to certify on"
-        )
+    _check_asked(deltas, domains, budget, most)
+    _check_base(base.windows)
     layers = tuple(sorted({layer for delta in deltas for layer in delta.layers}))
     for name, cache in [("the base text", base), *domains.items()]:
         if cache.layers != layers:
@@ -160,6 +153,24 @@ def _check(
                 f"{name} was cached with the layers {list(cache.layers)}, the deltas together read {list(layers)}: "
                 "cache it with those"
             )
+
+
+def _check_asked(deltas: Sequence[Delta], domains: Mapping[str, Any], budget: Budget, most: float) -> None:
+    if missing := [delta.name for delta in deltas if delta.name not in domains]:
+        raise ConfigError(f"no text for {', '.join(missing)}: expected states of every delta's domain")
+    if budget.value is None or budget.hard:
+        raise ConfigError("expected a budget on the mean or a quantile of the drift on base text")
+    if not most > 0:
+        raise ConfigError(f"most={most}: expected a largest weight > 0")
+
+
+def _check_base(windows: Windows) -> None:
+    count = len(windows.documents.unique())
+    if count < 6:
+        raise ConfigError(
+            f"{count} base documents: expected at least 6, two each to fit, to scale and to certify on; a plain file "
+            "is one, JSON lines are one each"
+        )
 
 
 def _certify(
@@ -227,6 +238,15 @@ def weigh_texts(
     Raises:
         ConfigError: a text missing, empty or shorter than one context, or what `optimise_weights` refuses.
     """  # noqa: DOC502 - raised by what it calls
+    check_plain(model)
+    # What is wrong with the deltas is found before any text is read by the model.
+    _check_asked(deltas, texts, budget, options.get("most", MOST))
+    fuse(
+        model,
+        dict.fromkeys(deltas, 1.0),
+        chart=options.get("chart", "symmetric"),
+        gated=options.get("gated", False),
+    )
     named = {"the base text": base_texts, **texts}
     read = {n: read_documents(t) if isinstance(t, str | Path) else list(t) for n, t in named.items()}
     layers = sorted({layer for delta in deltas for layer in delta.layers})
@@ -235,11 +255,8 @@ def weigh_texts(
         name: window_text(documents, tokenizer, length=window, tokens=limits[name], name=name)
         for name, documents in read.items()
     }
-    with tempfile.TemporaryDirectory(prefix="tether-") as temporary:
-        folder = Path(cache_folder) if cache_folder else Path(temporary)
-        caches = {
-            name: cached(model, text, folder, layers=layers, on_step=on_step)
-            for name, text in windows.items()
-        }
-        base = caches.pop("the base text")
+    _check_base(windows["the base text"])
+    with states_of(model, list(windows.values()), cache_folder, layers=layers, on_step=on_step) as states:
+        base, *own = states
+        caches = dict(zip(texts, own, strict=True))
         return optimise_weights(model, deltas, caches, base, budget=budget, **options)

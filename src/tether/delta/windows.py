@@ -83,6 +83,7 @@ def window_text(
     tokens: int | None = None,
     per_document: int | None = None,
     name: str = "the text",
+    whole: bool = False,
 ) -> Windows:
     """Tokenise documents and cut them into windows that never cross a document.
 
@@ -90,9 +91,10 @@ def window_text(
         documents: the documents in order.
         tokenizer: any transformers tokenizer.
         length: tokens a window, >= 2.
-        tokens: stop after the document that brings the total to this many; None takes all.
+        tokens: stop after the window that brings the total to this many; None takes all.
         per_document: windows taken of one document at most; None takes all.
         name: what to call the text in an error.
+        whole: keep the document that reaches `tokens` whole, as certificates of schema 3 and below did.
 
     Returns:
         The windows.
@@ -100,6 +102,8 @@ def window_text(
     Raises:
         ConfigError: a tokenizer is missing, or the text is shorter than one window.
     """
+    if length < 2 or (tokens is not None and tokens < 1):
+        raise ConfigError(f"window of {length}, tokens={tokens}: expected at least 2 and at least 1")
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
     pieces: list[tuple[int, list[int]]] = []
@@ -108,8 +112,11 @@ def window_text(
         ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
         cuts = [ids[start : start + length] for start in range(0, len(ids), length)]
         kept = [cut for cut in cuts if len(cut) >= min(SHORTEST, length)][:per_document]
-        pieces += [(number, cut) for cut in kept]
-        total += sum(map(len, kept))
+        for cut in kept:
+            pieces.append((number, cut))
+            total += len(cut)
+            if tokens is not None and total >= tokens and not whole:
+                break
         if tokens is not None and total >= tokens:
             break
     if total < length:

@@ -1,0 +1,139 @@
+"""The texts of a fit: read, cut and checked before anything is computed, then their states."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tether.delta.cache import StateCache, cached
+from tether.delta.gate import check_windows
+from tether.delta.shards import together
+from tether.delta.windows import Windows, window_text
+from tether.errors import ConfigError
+from tether.store.documents import read_documents, text_hash
+
+__all__ = ["HELD_OUT", "Material", "check_plain", "gather", "states_of"]
+
+HELD_OUT = 0.4
+"""Share of the base text on which the budget is met; the fit sees the rest."""
+
+
+class Material(NamedTuple):
+    """What a fit is made from.
+
+    Attributes:
+        name: of the domain.
+        windows: of the domain's text, of base text for the fit, and of base text to meet the budget on.
+        hashes: of the documents, under `domain` and `base`.
+    """
+
+    name: str
+    windows: tuple[Windows, Windows, Windows]
+    hashes: dict[str, str]
+
+
+def gather(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Path | Sequence[str],
+    base_texts: str | Path | Sequence[str],
+    *,
+    name: str | None = None,
+    window: int = 256,
+    tokens: int | None = None,
+    gate: bool = True,
+) -> Material:
+    """Read the texts of a fit and find what is wrong with them.
+
+    Base text of one document is cut in two at a word, so that a plain file serves too.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        texts: the domain's text: a file or a list of documents.
+        base_texts: general text, likewise.
+        name: the domain; None takes the file's name.
+        window: tokens a context.
+        tokens: of each text at most.
+        gate: whether a gate is fitted to the domain's windows.
+
+    Returns:
+        The material.
+
+    Raises:
+        ConfigError: a text missing, empty or shorter than one context, too few windows for a gate, or a model that
+            is fused already.
+    """  # noqa: DOC502 - raised by what it calls
+    check_plain(model)
+    own, base = (read_documents(t) if isinstance(t, str | Path) else list(t) for t in (texts, base_texts))
+    if len(base) == 1:
+        at = round((1 - HELD_OUT) * len(base[0]))
+        at = max(base[0].rfind(" ", 0, at), base[0].rfind("\n", 0, at)) + 1 or at
+        first, second = [base[0][:at]], [base[0][at:]]
+    else:
+        cut = max(1, round(len(base) * (1 - HELD_OUT)))
+        first, second = base[:cut], base[cut:]
+    parts = {
+        "the domain text": own,
+        f"the base text's part for the fit ({1 - HELD_OUT:.0%} of it)": first,
+        f"the base text's part to meet the budget on ({HELD_OUT:.0%} of it)": second,
+    }
+    domain, fitted, held_out = (
+        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
+        for called, part in parts.items()
+    )
+    if gate:
+        check_windows(len(domain.starts) - 1)
+    called = Path(texts).stem if isinstance(texts, str | Path) else "domain"
+    hashes = {"domain": text_hash(own), "base": text_hash(base)}
+    return Material(name or called, (domain, fitted, held_out), hashes)
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a model that is fused: what is learnt or weighed stands on a base.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+
+    Raises:
+        ConfigError: it has deltas or adapters.
+    """
+    if model.config.fusion:
+        domains = ", ".join(model.config.fusion["domains"])
+        raise ConfigError(
+            f"the model is fused ({domains}): expected the base; deltas are learnt there, and added with 'tether fuse'"
+        )
+
+
+@contextmanager
+def states_of(
+    model: Any,
+    windows: Sequence[Windows],
+    cache_folder: str | Path | None,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> Iterator[list[StateCache]]:
+    """Compute the states of some texts, or find them.
+
+    Args:
+        model: the base.
+        windows: the texts.
+        cache_folder: where states are kept; None keeps them as long as the context lasts.
+        layers: middle layers beside the last.
+        on_step: called with `done` and `total` tokens of the text that is read.
+
+    Yields:
+        The caches in that order.
+
+    Raises:
+        ConfigError: several processes without a folder that all of them see.
+    """
+    if together() > 1 and not cache_folder:
+        raise ConfigError(
+            "several processes share the states they compute: name a folder for them (--cache, cache_folder)"
+        )
+    with tempfile.TemporaryDirectory(prefix="tether-") as temporary:
+        folder = Path(cache_folder) if cache_folder else Path(temporary)
+        yield [cached(model, text, folder, layers=layers, on_step=on_step) for text in windows]
