@@ -38,6 +38,37 @@ def test_transformers_knows_the_model_types_whatever_is_imported_first(order, ki
     assert run.stdout.split() == [f"{kind}Config", f"{kind}ForCausalLM"]
 
 
+def test_every_public_name_and_config_can_be_what_is_imported_first():
+    # Each in a process of its own, forked before transformers is there: an import that leads back to itself fails
+    # only where nothing else was imported before.
+    script = (
+        "import os, sys, torch, tether\n"
+        "failed = []\n"
+        "for name in sys.argv[1:]:\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        try:\n"
+        "            exec(f'import {name}' if name.startswith('tether.') else f'from tether import {name}')\n"
+        "            code = 0\n"
+        "        except BaseException as error:\n"
+        "            print(name, repr(error))\n"
+        "            code = 1\n"
+        "        sys.stdout.flush(); os._exit(code)\n"
+        "    failed += [name] if os.waitpid(child, 0)[1] else []\n"
+        "sys.exit(' '.join(failed) or 0)"
+    )
+    first = {tether._NAMES[name]: name for name in sorted(tether._NAMES)}
+    modules = [
+        "tether.causal.config",
+        "tether.delta.adapter_config",
+        "tether.causal.generation",
+        "tether.cli.app",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", script, *first.values(), *modules], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_import_tether_is_light():
     script = "import sys, tether; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

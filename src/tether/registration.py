@@ -34,6 +34,9 @@ class _ThenImport(Loader):
 
 
 def _import_ours() -> None:
+    first = sys.modules.get(_OURS[0])
+    if first is not None and not hasattr(first, "CausalQwenConfig"):
+        return  # whoever imports transformers is our own first module; it calls again at its end
     for name in _OURS:
         import_module(name)
 

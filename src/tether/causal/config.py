@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from tether.errors import ConfigError
+from tether.registration import register_when_needed
 
 __all__ = ["MODES", "NOISES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
 
@@ -151,3 +152,4 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 AutoConfig.register("causal_qwen", CausalQwenConfig, exist_ok=True)
+register_when_needed()

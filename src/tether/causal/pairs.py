@@ -1,5 +1,6 @@
 """Prompts with the completions that are learnt: JSON lines on disk."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +31,12 @@ def holds_pairs(path: str | Path) -> bool:
         False too where the file is missing or no JSON.
     """
     path = Path(path)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix.lower() not in JSON_LINES or not path.is_file():
         return False
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     try:
-        row = json.loads(first)
+        row = json.loads(first.removeprefix(codecs.BOM_UTF8))
     except ValueError:
         return False
     return isinstance(row, dict) and "prompt" in row and "text" not in row
@@ -55,7 +56,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected JSON lines in UTF-8 that can be read ({error})") from error
     pairs = []
@@ -65,6 +66,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         try:
             row = json.loads(line)
             pair = Pair("" + row["prompt"], "" + row["completion"])  # a number is no text
+            "".join(pair).encode()  # half a character (a lone surrogate) is none either
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f'{path}, line {number}: expected a JSON object with texts "prompt" and "completion", as in the '

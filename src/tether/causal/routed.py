@@ -106,6 +106,19 @@ class RoutedFusion(Fusion):
             shares = shares * super().gates(hidden_states, mask, state)[0]
         return shares * (count > 0), after
 
+    def gates_without(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """Give the shares if one of the domains were taken out; the router is not taught again.
+
+        Args:
+            hidden_states: z, shape (B, T, H), as of `gates`.
+            mask: which positions carry a token, shape (B, T), bool.
+
+        Returns:
+            Shares when the first index is out, shape (N, N, B, T); 0 for itself.
+        """
+        others = 1 - torch.eye(len(self.domains), device=hidden_states.device)
+        return others[:, :, None, None] * self.gates(hidden_states, mask)[0]
+
 
 def make_fusion(hidden_size: int, latent_size: int, description: dict[str, Any]) -> Fusion:
     """Build the fusion that a description asks for.

@@ -1,17 +1,52 @@
 """The root command: options, errors and exit codes. Heavy imports happen inside the commands."""
 
+import itertools
 import logging
 import sys
+from collections import Counter
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperCommand
 
 from tether._version import __version__
 from tether.cli import causal, domains, export, ledger, merge, router, theory, training, weighing
-from tether.errors import TetherError
+from tether.errors import ConfigError, TetherError
 
 __all__ = ["app", "main"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+class Once(TyperCommand):
+    """A command that refuses an option given twice, of which it would silently take the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, after a look at what is given.
+
+        Args:
+            ctx: of the call.
+            args: of the command line.
+
+        Returns:
+            What is left over.
+
+        Raises:
+            ConfigError: an option that takes one value is given twice.
+        """
+        single = {
+            name for param in self.params for name in param.opts
+            if name.startswith("--") and not getattr(param, "multiple", False)
+        }  # fmt: skip
+        given = Counter(arg.partition("=")[0] for arg in itertools.takewhile(lambda arg: arg != "--", args))
+        if twice := [name for name in given if name in single and given[name] > 1]:
+            raise ConfigError(f"{', '.join(twice)} given twice: expected one")
+        left: list[str] = super().parse_args(ctx, args)
+        return left
+
 
 app = typer.Typer(
     name="tether",
@@ -36,6 +71,9 @@ app.command()(training.train)
 app.command()(training.evaluate)
 app.add_typer(theory.app)
 app.add_typer(merge.merge_app, name="merge")
+for group in (app, theory.app, merge.merge_app):
+    for command in group.registered_commands:
+        command.cls = Once
 
 
 def _show_version(asked: bool) -> None:
@@ -68,11 +106,12 @@ def main() -> None:
             f"tether: {error}", style="red", markup=False, highlight=False
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "tether: interrupted; start the same command again to go on", style="yellow"
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            Console(stderr=True, soft_wrap=True).print(
+                "tether: interrupted; no output is half written: start the same command again", style="yellow"
+            )
+        raise
 
 
 if __name__ == "__main__":

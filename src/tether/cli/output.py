@@ -1,7 +1,9 @@
 """What commands print: results on stdout, as text or JSON."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -17,7 +19,18 @@ def emit(result: Any, as_json: bool, text: str) -> None:
         as_json: print it as JSON.
         text: what to print otherwise.
     """
-    typer.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text)
+    if as_json:
+        text = json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False)
+    typer.echo(text)
+
+
+# JSON has no NaN and no infinity: null stands for what is no number.
+def _finite(result: Any) -> Any:
+    if isinstance(result, Mapping):
+        return {key: _finite(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [_finite(value) for value in result]
+    return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
 def quiet_libraries() -> None:

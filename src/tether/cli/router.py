@@ -135,6 +135,8 @@ def _mixture(
     model: str, parts: list[str], texts: list[Path], out: Path, form: str, steps: int, tokens: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
+    import tempfile
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tether.causal.loading import resolve
@@ -163,20 +165,26 @@ def _mixture(
         tokenizer = AutoTokenizer.from_pretrained(base)
         # Before the copying: a text that is too short is found at once.
         windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
-    with reporter() as report:
-        upcycle(base, parts, out, top_k=TOP_K, on_step=report("copying experts"))
-        result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
-        said = f"{out}: a mixture of {len(parts) + 1} experts"
+    result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
+    said = f"{out}: a mixture of {len(parts) + 1} experts"
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # What is not taught yet has another name, so that nobody takes it for the result.
+    with (
+        reporter() as report,
+        tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as made,
+    ):
+        draft = Path(made) / "draft" if texts else out
+        upcycle(base, parts, draft, top_k=TOP_K, on_step=report("copying experts"))
         if texts:
-            mixture = AutoModelForCausalLM.from_pretrained(out)
+            mixture = AutoModelForCausalLM.from_pretrained(draft)
             kept = mixture.dtype
             # Taught in float32, where small steps are not rounded away, and published as it came.
             mixture.float()
             record = train_routers(
                 mixture, windows, RouterFit(form=form, steps=steps), on_step=report("teaching routers")
             )
-            manifest = (out / "tether.json").read_bytes()
-            with publish_folder(out, replace=True) as folder:
+            manifest = (draft / "tether.json").read_bytes()
+            with publish_folder(out) as folder:
                 mixture.to(kept).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 (folder / "tether.json").write_bytes(manifest)

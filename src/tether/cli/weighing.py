@@ -1,5 +1,6 @@
 """The command that finds the weights of a fusion."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,9 +54,10 @@ def weigh(
         )  # fmt: skip
     record: dict[str, Any] = found.record
     losses = record["losses"]
-    given = " ".join(f"{delta.path}={weight:.4g}" for delta, weight in found.weights.items())
+    given = " ".join(shlex.quote(f"{delta.path}={weight:.4g}") for delta, weight in found.weights.items())
     lines = [
-        f"tether fuse {model} {given} --chart {chart} {'--gate one-class' if gate else '--no-gate'} --out FUSED",
+        f"tether fuse {shlex.quote(model)} {given} --chart {chart} "
+        f"{'--gate one-class' if gate else '--no-gate'} --out FUSED",
         *(
             f"{delta.path}={weight:.4g}   loss {losses['base'][delta.name]:.3f} -> "
             f"{losses['optimised'][delta.name]:.3f} (equal weights {losses['equal'][delta.name]:.3f})"

@@ -80,6 +80,10 @@ class Schemas:
         }
 
 
+HEAD = ("abduction", "action", "fusion", "numeric")
+"""Parts of a tether checkpoint beside its backbone."""
+
+
 @final
 class Planner:
     """Finds the sources of every tensor and collects what is wrong."""
@@ -224,8 +228,18 @@ class Planner:
                 # Layers may go, but not a kind of tensor that each of them has, such as a bias.
                 kinds = {_kind(name) for name in self.own.inside}
                 extra = [name for name in extra if _kind(name) not in kinds]
+            beside = sorted(set(opened.tower.others) - set(self.own.tower.others))
             if self.recipe.towers == "merge":
-                extra += sorted(set(opened.tower.others) - set(self.own.tower.others))
+                extra += beside
+            elif ours := [name for name in beside if name.partition(".")[0] in HEAD]:
+                self.problems.append(
+                    f"{model}: what tether has learnt in it ({len(ours)} tensors: {few(ours)}) has no place in "
+                    f"{self.own.name}, and would be lost; 'tether export' it first, or fuse deltas in place of models"
+                )
+            elif beside:
+                self.notes.append(
+                    f"{len(beside)} tensors of {model} outside its language tower are left out: {few(beside)}"
+                )
             if extra:
                 self.problems.append(
                     f"{model} has {len(extra)} tensors that {self.own.name} lacks: {few(extra)}"

@@ -76,7 +76,7 @@ def read_probes(path: str | Path) -> list[Probe]:
     if not file.is_file():
         raise ConfigError(f"{path}: no such probe file; expected JSON lines with text and, optionally, image")
     probes, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -8,14 +8,17 @@ from pathlib import Path
 from tether.errors import ConfigError
 from tether.store.publish import publish_file
 
-__all__ = ["read_documents", "text_hash", "write_documents"]
+__all__ = ["JSON_LINES", "read_documents", "text_hash", "write_documents"]
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+"""Suffixes of files with a JSON object a line, in any case of letters."""
 
 
 def read_documents(path: str | Path) -> list[str]:
     """Read a text: JSON lines with a field `text` (one document a line), or a plain file (one document).
 
     Args:
-        path: a `.jsonl` file, or any other file as UTF-8 text.
+        path: a file of JSON lines by its suffix, see `JSON_LINES`, or any other file as UTF-8 text.
 
     Returns:
         The documents, none of them empty.
@@ -29,12 +32,14 @@ def read_documents(path: str | Path) -> list[str]:
             f"{path}: no such text file; expected JSON lines with a field 'text', or plain text"
         )
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(
+            encoding="utf-8-sig"
+        )  # with or without the mark that some editors begin a file with
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         ) from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_LINES:
         documents = [content]
     else:
         documents = []
@@ -42,7 +47,9 @@ def read_documents(path: str | Path) -> list[str]:
             if not line.strip():
                 continue
             try:
-                documents.append("" + json.loads(line)["text"])  # a number is no text
+                document = "" + json.loads(line)["text"]  # a number is no text
+                document.encode()  # half a character (a lone surrogate) is none either
+                documents.append(document)
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f'{path}, line {number}: expected a JSON object with a field "text"; got {line[:60]!r}'
