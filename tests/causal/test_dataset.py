@@ -106,6 +106,9 @@ def test_pairs_are_read_from_json_lines(tmp_path):
     path.write_text(json.dumps({"prompt": "q ", "completion": "ä"}) + "\n\n")
     assert holds_pairs(path)
     assert read_pairs(path) == [Pair("q ", "ä")]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert holds_pairs(path)
+    assert read_pairs(path) == [Pair("q ", "ä")]
     path.write_text(json.dumps({"text": "a"}))
     assert not holds_pairs(path)
     assert not holds_pairs(tmp_path / "absent.jsonl")
@@ -119,6 +122,7 @@ def test_pairs_are_read_from_json_lines(tmp_path):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2"),
         ('{"prompt": "a", "completion": " "}', "completion is empty"),
         ('{"prompt": 1, "completion": "b"}', "line 1"),
+        ('{"prompt": "a", "completion": "\\ud83d"}', "line 1"),
         ("", "no text"),
     ],
 )

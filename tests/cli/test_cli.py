@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import tiny
+from tether.cli.output import emit
 from tether.store.documents import write_documents
 
 
@@ -185,3 +186,8 @@ def test_help_and_version_need_no_heavy_import():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip()
+
+
+def test_json_has_no_infinity(capsys):
+    emit({"a": [float("inf"), 1.5], "b": {"c": float("nan")}, "d": (2, "x")}, True, "")
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}, "d": [2, "x"]}

@@ -1,5 +1,8 @@
 """`tether generate` as a user meets it: three modes, individuals that come back, numbers in and out."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -60,6 +63,14 @@ def expected(folder, prompt, numeric, **options):
     values = written["numeric_values"][0, start:]
     rest = tokenizer.decode(ids, values, skip_special_tokens=True, precision=6)
     return prompt + rest + "\n", int((ids == 258).sum())
+
+
+def test_the_command_starts_in_a_process_of_its_own(work):
+    # Where nothing of transformers or tether was imported before.
+    command = [sys.executable, "-m", "tether.cli.app", "generate", "plain", "Rate 12", "--new-tokens", "3"]
+    run = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Rate 12")
 
 
 def test_numbers_are_read_and_written_in_every_mode(work, text):

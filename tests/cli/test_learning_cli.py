@@ -101,6 +101,7 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
             "digits.jsonl is not a folder",
         ),
         ((*LEARN, "--text", "digits.jsonl", "--out", "words.jsonl"), "exists already"),
+        ((*LEARN, "--text", "digits.jsonl", "--text=words.jsonl", "--out", "a.delta"), "--text given twice"),
         (("fuse", "base", "--text", "general.jsonl", "--out", "f"), "--text general.jsonl without --budget"),
         (
             ("weigh", "base", "a=b.jsonl", "--base-text", "general.jsonl"),

@@ -107,16 +107,27 @@ def test_unusable_input_is_refused_with_one_message(folder, tether, arguments, m
     assert not (folder / "routed").exists()
 
 
-def test_makes_a_mixture_of_fine_tunes_and_teaches_its_routers(folder, tether):
+def test_makes_a_mixture_of_fine_tunes_and_teaches_its_routers(folder, tether, monkeypatch):
     for seed in range(3):
         with torch.random.fork_rng():
             torch.random.manual_seed(seed)
             dense = AutoModelForCausalLM.from_config(Qwen3Config(**(tiny.SIZES | {"head_dim": 8})))
         dense.save_pretrained(folder / f"dense-{seed}")
         tiny.tokenizer().save_pretrained(folder / f"dense-{seed}")
-    code, out, err = tether(
-        "route", "dense-0", "dense-1", "dense-2", "--moe", *TEXTS, "--steps", "5", "--out", "mixture"
-    )
+    asked = ("route", "dense-0", "dense-1", "dense-2", "--moe", *TEXTS, "--steps", "5", "--out", "mixture")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    before = sorted(folder.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("tether.router.training.train_routers", stopped)
+        code, out, err = tether(*asked)
+    # Stopped while it is taught, nothing stands under its name that was not taught.
+    assert (code, out) == (130, "")
+    assert "start the same command again" in err
+    assert sorted(folder.iterdir()) == before
+    code, out, err = tether(*asked)
     assert code == 0, err
     assert "a mixture of 3 experts" in out
     assert "dead experts a layer" in out

@@ -441,3 +441,18 @@ def test_a_survey_is_not_repeated_for_a_resumed_merge(tmp_path, models, monkeypa
     assert first["a"] == CheckpointReader(tmp_path / "a").fingerprint()
     monkeypatch.setattr(CheckpointReader, "fingerprint", lambda *_: pytest.fail("read again"))
     assert surveying.survey(made.opened, record, 2) == first
+
+
+def test_what_tether_has_learnt_in_a_model_is_not_dropped(tmp_path, models):
+    learnt = tuned(decoder(), 1) | {"abduction.loc.weight": np.eye(8, dtype=np.float32)}
+    save(tmp_path / "a", learnt, LLAMA, TOKENS)
+    refused(
+        tmp_path,
+        models,
+        "a: what tether has learnt in it (1 tensors: abduction.loc.weight) has no place in base",
+    )
+    save(tmp_path / "a", tuned(decoder(), 1) | {"vision.weight": np.eye(8, dtype=np.float32)}, LLAMA, TOKENS)
+    notes = plan(tmp_path, **models).notes
+    assert any(
+        "1 tensors of a outside its language tower are left out: vision.weight" in note for note in notes
+    )

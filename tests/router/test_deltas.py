@@ -13,6 +13,7 @@ from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
 from tether.delta.certificate import certify, verify
 from tether.delta.learning import anchor_text, fit_delta
+from tether.delta.ledger import keep_ledger
 from tether.delta.measure import Variant, measure
 from tether.delta.training import Fit
 from tether.delta.windows import window_text
@@ -75,6 +76,19 @@ def case(text, tmp_path_factory):
         model, deltas, caches, caches["base"], caches["held-out"], DeltaRouterFit(budget=BUDGET, **SMALL)
     )
     return model, deltas, caches, routed
+
+
+def test_a_ledger_accounts_for_a_routed_model(case, text):
+    routed = case[3]
+    figures = keep_ledger(routed, tiny.tokenizer(), text["base-test"], window=64)
+    shares = sum(row["share"] for row in figures["domains"].values())
+    assert shares == pytest.approx(figures["total"]["measured"], rel=1e-4)
+    # The router is not taught again: what is left of three are the two others at their shares.
+    rows, total = figures["domains"], figures["total"]["measured"]
+    pair = (
+        figures["interactions"]["capitals + mirrored"] + rows["capitals"]["alone"] + rows["mirrored"]["alone"]
+    )
+    assert total - rows["digits"]["removal"] == pytest.approx(pair, rel=1e-4)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import ConfigError
+from tether.store.documents import JSON_LINES
 
 __all__ = ["Document", "Pair", "holds_pairs", "read_pairs"]
 
