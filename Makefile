@@ -34,6 +34,7 @@ $(VENV)/gguf-tools/.complete: requirements/gguf.txt $(VENV)/.complete
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check -q --select F821 $$(grep -rL --include=*.py jaxtyping src tests benchmarks)
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
