@@ -451,6 +451,11 @@ def test_what_tether_has_learnt_in_a_model_is_not_dropped(tmp_path, models):
         models,
         "a: what tether has learnt in it (1 tensors: abduction.loc.weight) has no place in base",
     )
+    # Into a model of tether: its own head stays, and that the other's does not is said.
+    save(tmp_path / "b", learnt, LLAMA, TOKENS)
+    made = plan(tmp_path, **models, into="a")
+    assert "tether's head of b is left out: that of a is kept" in made.notes
+    save(tmp_path / "b", tuned(decoder(), 2), LLAMA, TOKENS)
     save(tmp_path / "a", tuned(decoder(), 1) | {"vision.weight": np.eye(8, dtype=np.float32)}, LLAMA, TOKENS)
     notes = plan(tmp_path, **models).notes
     assert any(

@@ -244,6 +244,9 @@ class Planner:
                 self.problems.append(
                     f"{model} has {len(extra)} tensors that {self.own.name} lacks: {few(extra)}"
                 )
+            shared = [n for n in opened.tower.others if n.partition(".")[0] in HEAD and n not in beside]
+            if shared and self.recipe.towers == "keep" and model != self.own.name:
+                self.notes.append(f"tether's head of {model} is left out: that of {self.own.name} is kept")
             if self.own.tied and not opened.tied and self.own.recognised:
                 self.problems.append(
                     f"{model} has a head of its own, {self.own.name} ties its head to its embedding, so that head "
