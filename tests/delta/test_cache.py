@@ -3,6 +3,7 @@ import torch
 from torch.testing import assert_close
 
 import tiny
+from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.cache import cache_states, cached, load_states
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError
@@ -45,6 +46,13 @@ def test_the_same_text_is_read_once(model, tokenizer, tmp_path):
     assert len(steps) == count
     assert torch.equal(first.states, second.states)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_states_of_the_same_model_in_half_precision_are_others(tokenizer, tmp_path):
+    windows = window_text(tiny.documents("words", 9), tokenizer, length=48)
+    for dtype in (torch.float32, torch.bfloat16):
+        cached(CausalQwenForCausalLM.from_backbone(tiny.backbone()).to(dtype), windows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_state_that_half_precision_cannot_hold_is_refused_and_leaves_nothing(tokenizer, tmp_path):

@@ -14,9 +14,9 @@ from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.problem import Problem
 from tether.delta.source import reference, spread
 from tether.delta.training import Fit
-from tether.delta.weights import optimise_weights
+from tether.delta.weights import optimise_weights, weigh_texts
 from tether.delta.windows import window_text
-from tether.errors import ConfigError
+from tether.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +194,27 @@ def test_bad_requests(model, learnt, caches, base):
     other = {"digits": caches["digits"]._replace(layers=(1,))}
     with pytest.raises(ConfigError, match="layers"):
         optimise_weights(model, [learnt], other, base, budget=Budget(value=0.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_texts": tiny.documents("words", 4, 7)}, "4 base documents"),
+        ({"chart": "flat"}, "linear, symmetric"),
+        ({"gated": True}, "no gate"),
+        ({"texts": {}}, "no text for a"),
+        ({"most": 0.0}, "most=0.0"),
+        ({"foreign": True}, "was learnt on base"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_model_runs(model, tokenizer, monkeypatch, change, message):
+    monkeypatch.setattr(model.backbone, "forward", lambda *_, **__: pytest.fail("the backbone ran"))
+    delta, change = noise(model, "a", 1, 0.1), dict(change)
+    if change.pop("foreign", False):
+        delta = Delta(**{**vars(delta), "base": "sha256:" + "0" * 64})
+    given = {"texts": {"a": tiny.documents("words", 9)}, "base_texts": tiny.documents("words", 9, 7)} | change
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        weigh_texts(
+            model, tokenizer, [delta], given.pop("texts"), given.pop("base_texts"), budget=Budget(value=0.1), window=64,
+            **given,
+        )  # fmt: skip
