@@ -78,6 +78,7 @@ def test_numbers_and_completions(work, tether, monkeypatch):
 BAD = {
     "missing text": (["--text", "absent.jsonl"], "no such text file"),
     "empty text": (["--text", "empty.jsonl"], "holds no text"),
+    "two texts": (["--text", "digits.jsonl", "--text", "held.jsonl"], "--text given twice"),
     "missing held-out": (["--held-out", "absent.jsonl"], "no such text file"),
     "unknown option": (["--options", "misspelt.yaml"], "batches"),
     "wrong type": (["--options", "wrong.yaml"], "batch"),
@@ -98,7 +99,8 @@ def test_bad_input_is_one_message_before_the_model_is_loaded(work, tether, monke
     monkeypatch.setattr("tether.causal.loading.load", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(work.rglob("*"))
     arguments, message = BAD[case]
-    code, out, err = tether(*TRAIN, "--out", "result", *arguments)
+    given = [*TRAIN[:2], *TRAIN[4:]] if "--text" in arguments else TRAIN
+    code, out, err = tether(*given, "--out", "result", *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("tether:") == 1

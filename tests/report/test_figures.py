@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tether.errors import ConfigError, ShapeError
-from tether.report.bound_figure import bound_points
+from tether.report.bound_figure import _cells, bound_points
 from tether.report.figures import base_drift, drift_against_bound, learning_curves, nll_change, overview_png
 from tether.report.results import check_arrays, check_results, fusions, moved, texts_of
 from tether.report.svg import WARN
@@ -164,3 +164,13 @@ def test_arrays_must_belong_to_the_results(results, arrays):
     del arrays["news"], arrays["law"]["bound"]
     with pytest.raises(ConfigError, match=r"lack law\.bound, news\.latent_drift, news\.bound:"):
         check_arrays(results, arrays)
+
+
+def test_the_fullest_cell_has_the_full_shade_however_logarithms_round():
+    # Vector and scalar logarithms differ in the last bit for some counts, on machines with wide vectors.
+    counts = np.arange(1, 4000)
+    odd = counts[np.log1p(counts) > [np.log1p(count) for count in counts]]
+    for count in [*odd[:5], 3]:
+        bound = np.repeat(10.0 ** np.arange(16), count)
+        shades = [shade for shade, _ in _cells(bound, bound / 10)]
+        assert shades == [1.0]

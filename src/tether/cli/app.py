@@ -19,10 +19,12 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+TEXTS = ("--text", "--base-text", "--probes")
+"""Options of which a user who gives two expects both to be read."""
 
 
 class Once(TyperCommand):
-    """A command that refuses an option given twice, of which it would silently take the last."""
+    """A command that refuses a text given twice where it would silently take the last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, after a look at what is given.
@@ -35,14 +37,13 @@ class Once(TyperCommand):
             What is left over.
 
         Raises:
-            ConfigError: an option that takes one value is given twice.
+            ConfigError: a text is given twice where one is read.
         """
         single = {
-            name for param in self.params for name in param.opts
-            if name.startswith("--") and not getattr(param, "multiple", False)
-        }  # fmt: skip
+            name for param in self.params for name in param.opts if not getattr(param, "multiple", False)
+        }
         given = Counter(arg.partition("=")[0] for arg in itertools.takewhile(lambda arg: arg != "--", args))
-        if twice := [name for name in given if name in single and given[name] > 1]:
+        if twice := [name for name in given if name in TEXTS and name in single and given[name] > 1]:
             raise ConfigError(f"{', '.join(twice)} given twice: expected one")
         left: list[str] = super().parse_args(ctx, args)
         return left
