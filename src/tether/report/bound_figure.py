@@ -113,6 +113,6 @@ def _cells(bound: Any, drift: Any) -> list[tuple[float, Any]]:
         axis=1,
     )
     # Shades of one colour, by the logarithm of the count, are read on light and on dark paper alike.
-    # Logarithms of a number alone and in an array may differ in the last bit, so the fullest cell needs the limit.
+    # 5 x / x can be more than 5 in the last bit, so the fullest cell needs the limit.
     level = np.minimum(np.ceil(5 * np.log1p(counts) / np.log1p(counts.max())) / 5, 1.0)
     return [(float(shade), corners[level == shade]) for shade in np.unique(level)]
