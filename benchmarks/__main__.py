@@ -59,9 +59,10 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a fraction of the text")
     parser.add_argument("--json", type=Path, help="write the rows here, stamped with machine and versions")
     arguments = parser.parse_args()
-    rows = BENCHMARKS[arguments.name](fast=arguments.fast)
-    for row in rows:
-        print(json.dumps(row))
+    rows = []
+    for row in BENCHMARKS[arguments.name](fast=arguments.fast):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     if arguments.json:
         write_rows(arguments.json, arguments.name, rows)
 

@@ -1,6 +1,7 @@
 """Are budgets met, in which metric, at what loss: a grid of fits on the demo's domains."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ LOOSE = 1e6
 """Budgets are spent to the full here, whether or not the domain gains by it; the row says by what factor."""
 
 
-def rows(*, fast: bool) -> list[Row]:
+def rows(*, fast: bool) -> Iterator[Row]:
     """Fit and measure.
 
     Args:
         fast: one domain, one budget a metric, a fraction of the text.
 
-    Returns:
+    Yields:
         Rows of case, metric, ours (drift met, nats), baseline (the budget), ratio, runs; with the factor, the
         drift on base text seen nowhere before, the softmax KL there, and the domain's loss.
     """
@@ -49,7 +50,6 @@ def rows(*, fast: bool) -> list[Row]:
         }
         fresh = corpus.cache("base-fresh")
         some = fresh.states[spread(len(fresh.states), 1024)].float()
-        found = []
         for name in ("tables",) if fast else ("tables", "code", "bible"):
             domain, test = _first(corpus.cache(name), TOKENS), corpus.cache(f"{name}-test")
             nll_base = corpus.loss(test, None, 512)
@@ -60,8 +60,7 @@ def rows(*, fast: bool) -> list[Row]:
                 for value in BUDGETS[1:2] if fast else BUDGETS:
                     budget = Budget(value=value, metric=metric, stretch=LOOSE)
                     row = _row(corpus, name, (domain, test), (model_of, anchor_of), budget, other)
-                    found.append(row | {"latent": latent, "nll_base": nll_base})
-        return found
+                    yield row | {"latent": latent, "nll_base": nll_base}
 
 
 def _row(

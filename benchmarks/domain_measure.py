@@ -162,7 +162,7 @@ def measure_curve(bench: Bench, text: str, domain: str, seed: int) -> dict[str, 
             windows, measure(bench.model, fused.fusion, windows, list(variants.values())), variants
         )
     runs = {}
-    for arm in bench.arms():
+    for arm in (*bench.arms(), *bench.plan.once):
         attached = Attached.of(bench.model, {domain: bench.adapter(arm, domain, seed)})
         runs |= {f"{arm}*{factor:g}": _run(attached, domain, factor) for factor in FACTORS}
     return cells | measure_runs(bench, text, runs)

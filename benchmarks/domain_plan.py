@@ -31,7 +31,7 @@ class Plan:
         beta: multiplier of KL replay.
         betas: others tried on the first seed, as a user would tune by hand.
         adapters: of `lora`, `lora-3` (epochs), `replay` and `leashed`, those learnt on every seed.
-        once: of the same, those learnt on the first seed only.
+        once: arms learnt on the first seed only.
         deltas: which of `DELTAS`, `delta` among them.
         seeds: how many.
     """
@@ -52,8 +52,8 @@ class Plan:
 PLANS = {
     "full": Plan(),
     "long": Plan(test=1_500, probe=1024, betas=(0.3,), once=()),
-    # Of `long` what a change of the fit of deltas bears on.
-    "deltas": Plan(test=1_500, probe=1024, betas=(), adapters=("lora",), once=()),
+    # Of `long` what a change of the fit of deltas bears on, and KL replay for the figure.
+    "deltas": Plan(test=1_500, probe=1024, betas=(), adapters=("lora",), once=("replay-1",)),
     "middle": Plan(train=8_000, test=640, probe=768),
     "fast": Plan(
         train=1_100,

@@ -1,7 +1,7 @@
 """Gated fusion of three domains and of ten: what gates lose of each domain, and what they leave of the base."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,13 @@ LIMIT = 0.01
 TOKENS = 512
 
 
-def rows(*, fast: bool) -> list[Row]:
+def rows(*, fast: bool) -> Iterator[Row]:
     """Fit, fuse and measure.
 
     Args:
         fast: a fraction of the text, and no ten domains.
 
-    Returns:
+    Yields:
         Rows of case, metric, ours, baseline, ratio, runs.
     """
     with states_folder() as folder:
@@ -47,14 +47,13 @@ def rows(*, fast: bool) -> list[Row]:
         anchor = anchor_text(corpus.model, corpus.cache("base"), corpus.cache("base-held-out"))
         general = {name: corpus.cache(f"base-{name}") for name in ("news", "wiki")}
         texts = {name: (corpus.cache(name), corpus.cache(f"{name}-test")) for name in DOMAINS}
-        found = _cases(
+        yield from _cases(
             "three domains", folder, corpus.model, anchor, texts, general, ("one-class", "softmax")
         )
         if not fast:
             parts = _split(texts)
             title = f"{len(parts)} domains"
-            found += _cases(title, folder, corpus.model, anchor, parts, general, ("one-class", "softmax"))
-        return found
+            yield from _cases(title, folder, corpus.model, anchor, parts, general, ("one-class", "softmax"))
 
 
 def _cases(
@@ -65,10 +64,9 @@ def _cases(
     texts: Mapping[str, tuple[StateCache, StateCache]],
     general: Mapping[str, StateCache],
     gates: Sequence[str],
-) -> list[Row]:
+) -> Iterator[Row]:
     deltas = {name: _learnt(folder, model, text, anchor, name) for name, (text, _) in texts.items()}
     ones, alone = np.ones(len(deltas)), []
-    found = []
     for gate in gates:
         problem = Problem(model, _fused(model, deltas, gate), Budget(value=LIMIT))
         extra, better = [], []
@@ -88,13 +86,13 @@ def _cases(
                 f"{title}, {gate}: {name}; baseline: its own delta alone, always on", "NLL", gated, own
             )
             opened = dict(zip(deltas, here.gates.mean(-1).tolist(), strict=True))
-            found.append(row | {"base": base, "tokens": len(here.targets), "gates_open": opened})
-        found += [_drift(f"{title}, {gate}: {n}", problem, cache) for n, cache in general.items()]
+            yield row | {"base": base, "tokens": len(here.targets), "gates_open": opened}
+        for name, cache in general.items():
+            yield _drift(f"{title}, {gate}: {name}", problem, cache)
         row = _row(
             f"{title}, {gate}: mean loss to gates; baseline: 0.05", "nats", float(np.mean(extra)), 0.05
         )
-        found.append(row | {"largest": max(extra), "better_than_base": sum(better), "domains": len(deltas)})
-    return found
+        yield row | {"largest": max(extra), "better_than_base": sum(better), "domains": len(deltas)}
 
 
 def _drift(case: str, problem: Problem, cache: StateCache) -> Row:
