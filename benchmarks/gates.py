@@ -128,7 +128,7 @@ def _fit() -> Fit:
 
 
 def _split(texts: Mapping[str, tuple[StateCache, StateCache]]) -> dict[str, tuple[StateCache, StateCache]]:
-    """Split corpora further by clustering documents by their mean hidden state, and set every fifth one aside."""
+    """Split corpora further by clustering documents by their mean hidden state, and set every fifth one aside, at least one."""
     from sklearn.cluster import KMeans
 
     found = {}
@@ -139,7 +139,7 @@ def _split(texts: Mapping[str, tuple[StateCache, StateCache]]) -> dict[str, tupl
         labels = KMeans(KINDS[name], n_init=10, random_state=0).fit_predict(np.stack(means))
         for kind in range(KINDS[name]):
             of_kind = numbers[torch.from_numpy(labels == kind)]
-            tested = torch.arange(len(of_kind)) % 5 == 4
+            tested = torch.arange(len(of_kind)) % 5 == min(4, len(of_kind) - 1)
             found[f"{name}-{kind}"] = (whole.only(of_kind[~tested]), whole.only(of_kind[tested]))
     return found
 
