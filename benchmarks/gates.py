@@ -128,7 +128,7 @@ def _fit() -> Fit:
 
 
 def _split(texts: Mapping[str, tuple[StateCache, StateCache]]) -> dict[str, tuple[StateCache, StateCache]]:
-    """Split corpora further by clustering documents by their mean hidden state; every fifth one, or the last, is aside."""
+    """Split corpora further by clustering documents by their mean hidden state; every fifth, or the last, is aside."""
     from sklearn.cluster import KMeans
 
     found = {}
