@@ -2,6 +2,7 @@
 
 import json
 import pydoc_data.topics
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,8 @@ class Bench:
             made.save(path)
             size = path.stat().st_size
         else:
+            path = self.folder / "learnt" / f"{arm}-{domain}-{seed}"
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was stopped before it was recorded
             fit = AdapterFit(budget=budget if kind == "leashed" else None, probe=self.plan.probe, seed=seed)
             if kind == "replay":
                 fit = replace(fit, replay=float(beta))
@@ -171,7 +174,6 @@ class Bench:
                 strict = replace(budget, stretch=1.0)
                 met = meet_adapter(self.model, attached, domain, caches[2], strict, probe=self.plan.probe)
                 learnt.record["shrunk"] = met
-            path = self.folder / "learnt" / f"{arm}-{domain}-{seed}"
             learnt.save(path)
             size = (path / "adapter_model.safetensors").stat().st_size
         record = {key: value for key, value in made.record.items() if key != "curve"}
