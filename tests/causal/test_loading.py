@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from tether.causal import loading
+from tether.causal.fingerprint import weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.errors import CheckpointError
 
@@ -35,10 +36,10 @@ def test_a_plain_checkpoint_is_wrapped_and_a_converted_one_is_loaded(folder, tmp
 def test_the_fingerprint_is_of_the_weights_not_of_their_precision(folder):
     exact = AutoModelForCausalLM.from_pretrained(folder)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert loading.weights_fingerprint(exact) == loading.weights_fingerprint(half)
+    assert weights_fingerprint(exact) == weights_fingerprint(half)
     with torch.no_grad():
         exact.model.layers[0].mlp.up_proj.weight[0, 0] += 1.0
-    assert loading.weights_fingerprint(exact) != loading.weights_fingerprint(half)
+    assert weights_fingerprint(exact) != weights_fingerprint(half)
 
 
 def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):

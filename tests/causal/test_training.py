@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from tether.causal import loading
+from tether.causal.fingerprint import weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.pairs import Pair
@@ -68,7 +69,7 @@ def test_the_model_folder_is_read_by_tether_and_by_transformers(tmp_path):
     numeric = read.add_numbers(text)
     assert isinstance(numeric, NumericTokenizer)
     assert numeric.num_token_id == tokenizer.num_token_id
-    assert read.config.base_fingerprint == record["fingerprint"] == loading.weights_fingerprint(model)
+    assert read.config.base_fingerprint == record["fingerprint"] == weights_fingerprint(model)
     for name, parameter in AutoModelForCausalLM.from_pretrained(record["path"]).named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

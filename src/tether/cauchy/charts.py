@@ -195,6 +195,10 @@ def fuse(
         raise ConfigError(f"weights must be finite numbers, but {bad} of {weights.numel()} are not")
     trailing = x.ndim - weights.ndim
     weights = weights.to(x.dtype).reshape(*weights.shape, *[1] * trailing)
+    lost = ~(torch.isfinite(x) & torch.isfinite(y)) & (weights == 0)
+    if bool(lost.any()):
+        # A delta of weight 0 adds nothing, even where it is too large for its dtype.
+        x, y = x.masked_fill(lost, 0), y.masked_fill(lost, 0)
     if chart == "symmetric":
         fused_x = (weights * x).sum(0)
         return fused_x, _times_exp(weights * y, (fused_x - x) / 2).sum(0)

@@ -1,6 +1,5 @@
 """Names to models: the embedded base, paths, hub ids and tether's own checkpoints."""
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from tether.causal.modeling import CausalQwenForCausalLM
 
-__all__ = ["ALIASES", "load", "load_backbone", "resolve", "weights_fingerprint"]
+__all__ = ["ALIASES", "load", "load_backbone", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,23 +183,3 @@ def load(
     if isinstance(model, CausalQwenForCausalLM):
         return model, tokenizer
     return CausalQwenForCausalLM.from_backbone(model, preset=preset), tokenizer
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Hash the weights of a model as they are in memory, rounded to bfloat16.
-
-    The rounding makes a base loaded in float32 or bfloat16 the same base: a delta fits both. Costs one
-    pass over the weights; tied weights count once.
-
-    Args:
-        model: any module.
-
-    Returns:
-        `sha256:` and 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8)
-        digest.update(rounded.reshape(-1).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"

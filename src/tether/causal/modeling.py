@@ -10,6 +10,7 @@ from tether.cauchy.functional import from_noise
 from tether.causal.config import MODES, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
+from tether.causal.fingerprint import Fingerprinted
 from tether.causal.fused import FusedLatent
 from tether.causal.generation import CausalGeneration, text_positions
 from tether.causal.layers import Abduction, Action, NumericEmbedding
@@ -26,7 +27,13 @@ from tether.errors import ConfigError
 __all__ = ["CausalOutput", "CausalQwenForCausalLM"]
 
 
-class CausalQwenForCausalLM(CausalGeneration, CausalObjective, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class CausalQwenForCausalLM(
+    Fingerprinted,
+    CausalGeneration,
+    CausalObjective,
+    PreTrainedModel,  # type: ignore[misc]
+    GenerationMixin,  # type: ignore[misc]
+):
     """Numbers -> backbone -> abduction -> (fused deltas) -> action.
 
     The forward pass costs the backbone plus two H x C products a token beside the output head; each fused

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tether.causal.dataset import Examples, count_labels, make_examples, shuffled
 from tether.causal.evaluation import evaluate
-from tether.causal.loading import weights_fingerprint
+from tether.causal.fingerprint import renew_fingerprint, weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.pairs import Document
@@ -82,6 +82,7 @@ def train(
             another run; or the batch cannot be split evenly.
         CheckpointError: the saved state is damaged.
     """  # noqa: DOC502 - raised by what it calls
+    trained = select(model, options)
     accelerator = _accelerator()
     check_processes(options, accelerator.num_processes)
     if model.config.num_token_id is not None:
@@ -103,7 +104,6 @@ def train(
         "held_out": make_examples(held_out, tokenizer).fingerprint() if held_out else None,
         "options": {key: value for key, value in asdict(options).items() if key != "save_every"},
     }
-    trained = select(model, options)
     with ExitStack() as stack:
         run = stack.enter_context(Run(folder, config)) if accelerator.is_main_process else None
         if run:
@@ -119,7 +119,7 @@ def train(
         if options.fit_values:
             with half_backbone(model, accelerator.device.type, options.mixed_precision):
                 fit_values(model, examples)
-        model.config.base_fingerprint = weights_fingerprint(model)
+        renew_fingerprint(model)
         if run:
             _publish(model, tokenizer, folder / _MODEL, config)
         after = _evaluate(run, "after", model, tokenizer, held_out)

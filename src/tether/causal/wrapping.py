@@ -62,7 +62,8 @@ def wrap_backbone(
     Raises:
         ConfigError: unknown preset or override, or a model without input embeddings and an output head.
     """
-    from tether.causal.loading import load_backbone, weights_fingerprint
+    from tether.causal.fingerprint import note_weights, weights_fingerprint
+    from tether.causal.loading import load_backbone
 
     if preset not in PRESETS:
         raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
@@ -70,6 +71,10 @@ def wrap_backbone(
     if unknown := set(overrides) - known:
         raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(known))}")
     model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
+    if isinstance(model, cls):
+        raise ConfigError(
+            "a CausalQwen model: expected the plain causal LM; this one is wrapped already, use it as it is"
+        )
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(
@@ -114,4 +119,5 @@ def wrap_backbone(
     wrapped.generation_config = copy.deepcopy(model.generation_config)
     wrapped.name_or_path = ""
     wrapped.eval()
+    note_weights(wrapped)
     return wrapped

@@ -39,7 +39,7 @@ def learn_adapter(
         metric: what the budget is in.
         quantile: of the drift that the budget limits, or None for its mean.
         gate: fit a one-class gate too.
-        tokens: domain tokens to use at most.
+        tokens: domain tokens to use, in whole windows.
         cache: where hidden states of the base are kept.
         as_json: print JSON.
         unused: options of `learn` that only a delta has: their value must be what they are left out.

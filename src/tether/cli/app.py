@@ -107,6 +107,15 @@ def main() -> None:
             f"tether: {error}", style="red", markup=False, highlight=False
         )
         sys.exit(2)
+    except OSError as error:
+        # Names too long, places that cannot be written to: what the system says is what can be said.
+        Console(stderr=True, soft_wrap=True).print(
+            f"tether: {error.filename or 'the system'}: {error.strerror or error}; choose another name or place",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             Console(stderr=True, soft_wrap=True).print(

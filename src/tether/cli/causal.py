@@ -32,7 +32,6 @@ def convert(
     from tether.causal.checkpoint import save_checkpoint
     from tether.causal.loading import load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
-    from tether.causal.numbers import NumericTokenizer
     from tether.delta.windows import window_text
     from tether.errors import ConfigError
     from tether.report.frontier import frontier_png
@@ -52,9 +51,8 @@ def convert(
         windows = window_text(documents, tokenizer, length=128, tokens=4000, name="the calibration text")
         ends = windows.starts.tolist()
         record = fit(model, [windows.input_ids[a:b] for a, b in pairwise(ends)])
-    numeric = NumericTokenizer(tokenizer, rows=model.vocab_size)
-    if numbers or not numeric.grows:
-        tokenizer = model.add_numbers(numeric)
+    if numbers:
+        tokenizer = model.add_numbers(tokenizer)
     save_checkpoint(model, tokenizer, out, inputs={} if calibrate is None else {"calibration": calibrate})
     result = {
         "path": str(out),
@@ -89,7 +87,9 @@ def generate(
     ] = "softmax",
     new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; softmax mode only.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, or of the individual.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling, or of the individual.")
+    ] = 0,
     shared_noise: Annotated[
         bool, typer.Option("--shared-noise", help="One noise for the whole text; causal mode only.")
     ] = False,
@@ -174,7 +174,7 @@ def counterfactual(
     shared_noise: Annotated[
         bool, typer.Option("--shared-noise", help="One noise for the whole text instead of one a token.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampler.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Ask what the individuals who wrote this would have written in another context."""

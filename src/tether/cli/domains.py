@@ -72,7 +72,7 @@ def learn(
     hard: Annotated[
         bool, typer.Option("--hard", help="Limit the drift of every training context, as the paper has it.")
     ] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use at most.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use, in whole windows.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next fit.")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="Learn a PEFT adapter on the backbone instead of a delta: lora.")
@@ -225,7 +225,9 @@ def certify(
     fused: Annotated[Path, typer.Argument(help="Folder of the fused checkpoint.")],
     text: Annotated[list[Path], typer.Option(help="Text to measure on; repeat for several.")],
     out: Annotated[Path, typer.Option(help="The certificate to write, JSON.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text at most.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each text to measure, in whole windows.")
+    ] = None,
     continuations: Annotated[
         int, typer.Option(min=0, help="Texts of 256 tokens the model writes after each text's beginnings.")
     ] = 4,
@@ -239,8 +241,11 @@ def certify(
 
     for path in text:
         read_documents(path)
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: expected the name of the file to write")
+    from tether.delta.record import is_certificate
+    from tether.store.publish import check_file
+
+    if not (out.is_file() and is_certificate(out)):  # an older certificate may be made again
+        check_file(out)
     if len({path.stem for path in text}) < len(text):
         raise ConfigError(f"texts {', '.join(map(str, text))}: expected files of different names; rename one")
     base, tokenizer = load(model)

@@ -19,7 +19,9 @@ def ledger(
     next_drift: Annotated[
         float | None, typer.Option("--next", help="What would another delta of this latent drift do? Nats.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text at most.")] = 4000,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the text to measure, in whole windows.")
+    ] = 4000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Account for a fusion's drift: each domain's share, what pairs do to each other, what room is left."""

@@ -1,5 +1,6 @@
 """The commands that merge whole models: the merge itself, alignment, the study of path lengths."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,9 @@ def align(
     """Find which units of SOURCE do what those of TARGET do; the models may differ in width and depth."""
     quiet_libraries()
     from tether.merge.pairing import align_checkpoints
+    from tether.store.publish import check_file
 
+    check_file(out)
     with reporter() as steps:
         found = align_checkpoints(target, source, text, out, tokens=tokens, on_step=steps("aligning"))
     lines = [
@@ -85,7 +88,7 @@ def run(
             raise ConfigError(
                 f"--accept: recipe {recipe} has no check to hold it against; give check.text in it"
             )
-        if accept <= 0:
+        if not 0 < accept < math.inf:
             raise ConfigError(f"--accept {accept}: expected a positive number of nats a token")
         asked = asked.model_copy(update={"check": asked.check.model_copy(update={"accept": accept})})
     target = out or (Path(asked.out) if asked.out else None)

@@ -43,7 +43,9 @@ def route(
         str, typer.Option(help="With --moe: how routers are shaped (balance, prior, switch, ...).")
     ] = "balance",
     steps: Annotated[int, typer.Option(min=1, help="With --moe: steps of training the routers.")] = 200,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each text to use at most.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each text to use, in whole windows.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Route instead of add: per-token weights over deltas, or over experts, learnt from text."""

@@ -28,7 +28,9 @@ def weigh(
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Let each delta act only where its gate is open.")
     ] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each domain to use at most.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each domain to use, in whole windows.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next time.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tether.causal.features import check_layers, join_features
+from tether.causal.fingerprint import fingerprint, weights_fingerprint
 from tether.delta.windows import Batch, Windows
 from tether.errors import CheckpointError
 from tether.store.publish import publish_file
@@ -121,7 +122,7 @@ def backbone_print(model: Any) -> str:
     Returns:
         The base's fingerprint, without what `align_latent` adds to it for another latent.
     """
-    return str(model.config.base_fingerprint).partition("+")[0]
+    return fingerprint(model).partition("+")[0]
 
 
 def latent_print(model: Any) -> str:
@@ -133,8 +134,6 @@ def latent_print(model: Any) -> str:
     Returns:
         A hash.
     """
-    from tether.causal.loading import weights_fingerprint
-
     return weights_fingerprint(model.abduction)
 
 

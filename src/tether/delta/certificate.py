@@ -37,9 +37,9 @@ from tether.store.manifest import versions
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
 
 ADDED = {1: ("token_law", "leash_pulled", "budgets"), 2: ("budgets",)}
+"""Figures that certificates of older schemas do not have."""
 WHOLE = 3
 """Up to this schema the document that reached the limit of tokens was measured whole."""
-"""Figures that certificates of older schemas do not have."""
 TOLERANCE = 2e-3
 """Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
 
@@ -133,8 +133,16 @@ def compose(
 def _equal(model: Any, fused: Any, part: str) -> bool:
     own, other = (dict(getattr(each, part).named_parameters()) for each in (model, fused))
     return own.keys() == other.keys() and all(
-        values is other[name] or torch.equal(values, other[name].to(values)) for name, values in own.items()
+        values is other[name] or _same(name, values, other[name].to(values)) for name, values in own.items()
     )
+
+
+def _same(name: str, values: Tensor, other: Tensor) -> bool:
+    # Start values of the action are computed from the base's weights in their dtype, or rounded to it after that.
+    derived = name in ("threshold", "class_noise", "value_weight", "value_bias")
+    if derived:
+        return bool(((values - other).abs() <= 2**-7 * values.abs()).all())
+    return torch.equal(values, other)
 
 
 def _name(text: Any) -> str:
@@ -199,6 +207,7 @@ def _describe_model(fused: Any) -> dict[str, Any]:
     return {
         "path": str(folder.absolute()) if files and folder else None,
         "base_fingerprint": fused.config.base_fingerprint,
+        "dtype": str(fused.action.weight.dtype).removeprefix("torch."),
         "files": files,
     }
 
@@ -232,7 +241,7 @@ def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | No
         wrong.append(
             f"figures of {list(certificate.figures)}, texts {list(certificate.texts)}: expected the same"
         )
-    if certificate.schema_version == SCHEMA_VERSION and certificate.claims != CLAIMS:
+    if not certificate.claims_known():
         wrong.append("the claims are not those of this kind of certificate")
     named = {str(model / file): sha256 for file, sha256 in certificate.model["files"].items()}
     named |= {str(folder / text["path"]): text["sha256"] for text in certificate.texts.values()}
@@ -249,7 +258,9 @@ def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | No
 def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str]:
     from tether.causal.loading import load
 
-    fused, tokenizer = load(str(folder / certificate.model["path"]))
+    # Figures of the same checkpoint in another dtype are others.
+    dtype = getattr(torch, certificate.model.get("dtype", ""), None)
+    fused, tokenizer = load(str(folder / certificate.model["path"]), dtype=dtype)
     if fused.fusion is None or fused.config.base_fingerprint != certificate.model["base_fingerprint"]:
         raise CheckpointError(
             f"{certificate.model['path']}: not the fused checkpoint that the certificate describes"

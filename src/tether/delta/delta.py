@@ -113,8 +113,9 @@ class Delta:
                 f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
             )
         tensors = {name: reader.tensor(name) for name in reader.names}
-        parts = {name: tensors[f"gate.{name}"] for name in Gate._fields if f"gate.{name}" in tensors}
-        gate = Gate(**parts) if parts else None
+        _check_tensors(path, tensors)
+        gated = "gate.center" in tensors
+        gate = Gate(**{name: tensors[f"gate.{name}"] for name in Gate._fields}) if gated else None
         return Delta(
             name=described["name"],
             chart=described["chart"],
@@ -125,4 +126,25 @@ class Delta:
             record=described["record"],
             path=path,
             layers=tuple(described.get("layers", ())),
+        )
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    gate = {f"gate.{name}" for name in Gate._fields}
+    found = set(tensors) - {"first"}
+    wrong = None
+    if found not in ({"second"}, {"second"} | gate):
+        wrong = f"it holds {', '.join(sorted(tensors))}"
+    elif "first" in tensors and tensors["first"].shape != tensors["second"].shape:
+        wrong = (
+            f"its heads have the shapes {tuple(tensors['first'].shape)} and {tuple(tensors['second'].shape)}"
+        )
+    elif tensors["second"].dim() != 2:
+        wrong = f"its head has the shape {tuple(tensors['second'].shape)}"
+    elif odd := [name for name, value in tensors.items() if bool(value.isnan().any())]:
+        wrong = f"{', '.join(odd)} holds values that are not numbers"
+    if wrong:
+        raise CheckpointError(
+            f"{path}: damaged, {wrong}; expected a head second, one of the same shape named first where scales change, "
+            "and all of a gate's tensors or none; take another copy, or learn it again"
         )

@@ -1,13 +1,13 @@
 """Fuse deltas into a model that shares its base's weights, and take a fusion apart again."""
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from tether.cauchy.charts import CHARTS
+from tether.causal.fingerprint import fingerprint
 from tether.causal.fused import Fusion
 from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
@@ -68,22 +68,24 @@ def fuse(
             "deltas at once into the base"
         )
     for delta, weight in deltas.items():
-        if not math.isfinite(weight):
-            raise ConfigError(f"weight of {delta.name!r} is {weight}: expected a finite number")
+        if not abs(weight) <= torch.finfo(torch.float32).max:
+            raise ConfigError(f"weight of {delta.name!r} is {weight}: expected a finite number of 32 bits")
     names = [delta.name for delta in deltas]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"deltas named {', '.join(names)}: expected distinct names; rename one at 'tether learn'"
         )
-    foreign = [delta for delta in deltas if delta.base != model.config.base_fingerprint]
+    own = fingerprint(model)
+    foreign = [delta for delta in deltas if delta.base != own]
     if foreign:
         raise CheckpointError(
             "\n".join(
                 f"delta {delta.name!r} was learnt on base {delta.base[:19]}..., the model given is "
-                f"{str(model.config.base_fingerprint)[:19]}...: learn it again on this base, or name the other base"
+                f"{own[:19]}...: learn it again on this base, or name the other base"
                 for delta in foreign
             )
         )
+    _check_widths(model, deltas)
     latent = latent_print(model)
     moved = [delta.name for delta in deltas if delta.record.get("latent", latent) != latent]
     if moved:
@@ -116,6 +118,22 @@ def fuse(
     fused.name_or_path = config._name_or_path = ""
     fused.eval()
     return fused
+
+
+def _check_widths(model: Any, deltas: Mapping[Delta, float]) -> None:
+    size, latent = model.abduction.loc.in_features, model.abduction.loc.out_features
+    for delta in deltas:
+        expected = (latent, size * (1 + len(delta.layers)))
+        if tuple(delta.second.shape) != expected:
+            raise CheckpointError(
+                f"delta {delta.name!r}: its heads have the shape {tuple(delta.second.shape)}, expected {expected} for "
+                "this base; the file is damaged, learn it again"
+            )
+        if delta.gate is not None and delta.gate.center.shape[-1] != size:
+            raise CheckpointError(
+                f"delta {delta.name!r}: its gate reads states of width {delta.gate.center.shape[-1]}, the base has "
+                f"{size}; the file is damaged, learn it again"
+            )
 
 
 def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tether.causal.fingerprint import fingerprint
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
 from tether.delta.basis import middle_basis
 from tether.delta.budget import AIM, Budget, meet_budget
@@ -128,7 +129,7 @@ def fit_delta(
         first=None if head.first is None else head.first.contiguous(),
         second=head.second.contiguous(),
         gate=gate,
-        base=str(model.config.base_fingerprint),
+        base=fingerprint(model),
         record=record,
         layers=domain.layers,
     )

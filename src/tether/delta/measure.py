@@ -106,7 +106,8 @@ def measure(
         for part, offsets in zip(states[batch.mask].split(rows), where.split(rows), strict=True):
             chunk_gates = gates_at[:, offsets]
             loc, log_scale = model.abduction(part[:, : fusion.hidden_size].to(model.action.weight.dtype))
-            log_prob = torch.log_softmax(model.action.score_loc(loc).float(), dim=-1)
+            scores = model.action.score_loc(loc)
+            log_prob = torch.log_softmax(scores.float(), dim=-1)
             prob = log_prob.exp()
             target = windows.targets[offsets]
             base = -log_prob.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -134,14 +135,15 @@ def measure(
                         *law, fused_x, fused_y, variant.leash, variant.chart
                     )
                     allowed[row, at] = allowed[row, at].clamp(max=variant.leash)
-                # Without the class bias, which is no part of a difference of logits.
-                move = (law[1].exp() * fused_y).to(model.action.weight.dtype)
-                shift = (move @ model.action.weight.T).float()
+                shift = _shift(model, law[0], law[1].exp() * fused_y, scores[open_rows])
                 if variant.leash is not None and variant.leash_metric == "softmax":
                     before = log_prob[open_rows]
                     factor = pull_scores(before, before + shift, variant.leash)[0]
                     fused_x, fused_y = location_path(fused_x, fused_y, factor)
-                    shift, kept[row, at] = shift * factor.unsqueeze(-1), factor
+                    # A move too large for its dtype is not finite, and then the base is served.
+                    away = (factor > 0).unsqueeze(-1)
+                    shift = torch.where(away, shift * factor.unsqueeze(-1), 0)
+                    kept[row, at] = factor
                 moved_by[row, at] = drift(fused_x, fused_y).sum(-1)
                 distance, normaliser = (
                     softmax_shift(log_prob, shift, prob)
@@ -157,6 +159,18 @@ def measure(
     return Measurement(
         windows.documents, scored, base_nll[scored], nll[:, scored], kl, moved_by, allowed, gates_at, kept
     )
+
+
+def _shift(model: Any, loc: Tensor, move: Tensor, scores: Tensor) -> Tensor:
+    """Return how far the scores of all classes move, float32."""
+    weight = model.action.weight
+    if weight.dtype == torch.float32:
+        # The move alone, which keeps small differences, and without the class bias, which is no part of them.
+        shifted: Tensor = move @ weight.T
+        return shifted
+    # In half precision what is served is rounded, and so far away from the base as it is rounded.
+    moved: Tensor = model.action.score_loc(loc + move).float()
+    return moved - scores.float()
 
 
 def _pull(

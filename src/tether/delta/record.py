@@ -22,8 +22,9 @@ __all__ = [
     "read",
 ]
 
-SCHEMA_VERSION = 4
-"""2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without."""
+SCHEMA_VERSION = 5
+"""2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
+5: the dtype; in half precision figures count how what is served is rounded."""
 
 CLAIMS = (
     "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
@@ -34,15 +35,24 @@ CLAIMS = (
     "same context, nor a leash in that metric; violations counts the contexts where it did.",
     "budgets: the mean latent drift that the deltas' own mean drifts on their base text allow their fusion, on text "
     "where each alone drifts no further in the mean ('tether theory plan'); on a domain's own text it is no promise.",
-    "token_law: under causal sampling the KL of the token law to the base's is at most the latent drift of the "
-    "context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its own at each "
-    "position the KL of a text's law at most the expected sum over texts that the base writes; this does not hold "
-    "for softmax sampling, whose measured KL is softmax_kl.",
+    "token_law: under causal sampling without truncation the KL of the token law to the base's is at most the latent "
+    "drift of the context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its "
+    "own at each position the KL of a text's law at most the expected sum over texts that the base writes; this does "
+    "not hold for softmax sampling, whose measured KL is softmax_kl.",
     "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
     "1); leash_pulled is the share of contexts here that it held back.",
     "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
     "at temperature 1 with the seed stated, after the first tokens of documents.",
 )
+
+
+OLDER_CLAIMS = {
+    1: "dc2fdb317738f48ccabcac3f07e0e72aaa693afeb6891dbb4743ce58c9b900ab",
+    2: "51ef1ea136640f1304b9e9789f8e78c43021835d26697b5fb552fe707371e639",
+    3: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
+    4: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
+}
+"""Hashes of the claims of older schemas."""
 
 
 class Certificate(BaseModel):
@@ -51,7 +61,7 @@ class Certificate(BaseModel):
     Attributes:
         schema_version: of this layout.
         versions: of what computed it.
-        model: path, base fingerprint and sha256 of every file of the fused checkpoint.
+        model: path, base fingerprint, dtype and sha256 of every file of the fused checkpoint.
         fusion: chart, weights, gates and domains, as the checkpoint says.
         settings: window, tokens, documents, confidence, quantile.
         texts: for each text its path, sha256 and document hash.
@@ -89,6 +99,17 @@ class Certificate(BaseModel):
         """
         content = self.model_dump(mode="json", exclude={"seal"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    def claims_known(self) -> bool:
+        """Tell whether the claims are those of the certificate's schema.
+
+        Returns:
+            Whether they are.
+        """
+        older = OLDER_CLAIMS.get(self.schema_version)
+        if older is None:
+            return self.claims == CLAIMS
+        return hashlib.sha256(json.dumps(list(self.claims)).encode()).hexdigest() == older
 
     def save(self, path: str | Path) -> Path:
         """Write the certificate; paths inside it become relative to its folder.
@@ -188,7 +209,10 @@ def check_fields(certificate: Certificate) -> None:
     Raises:
         CertificateError: one is missing or of another type; the message names it.
     """
-    parts = [("model", certificate.model, {"path": str, "base_fingerprint": str, "files": dict})]
+    model = {"path": str, "base_fingerprint": str, "files": dict}
+    if certificate.schema_version >= 5:
+        model["dtype"] = str
+    parts = [("model", certificate.model, model)]
     parts += [
         (f"texts.{name}", text, {"path": str, "sha256": str, "documents": str})
         for name, text in certificate.texts.items()
@@ -197,6 +221,8 @@ def check_fields(certificate: Certificate) -> None:
         for key, kind in fields.items():
             if not isinstance(part.get(key), kind):
                 raise CertificateError(f"{where}.{key}: {part.get(key)!r}, expected a {kind.__name__}")
+        if unknown := part.keys() - fields.keys():
+            raise CertificateError(f"{where}: unknown fields {sorted(unknown)}, expected {sorted(fields)}")
     if not certificate.texts or not certificate.model["files"]:
         raise CertificateError("no texts or no files of the model: expected at least one of each to check")
     try:

@@ -1,5 +1,6 @@
 """Documents -> windows of tokens, each inside one document."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from tether.errors import ConfigError
 
 __all__ = ["Batch", "Windows", "window_text"]
 
+logger = logging.getLogger(__name__)
+
 SHORTEST = 32
-"""Windows of fewer tokens are left out: they carry little loss and cost a whole row of a batch."""
+"""Windows of fewer tokens are left out, documents of fewer with a warning: they carry little loss and cost a row."""
 
 
 class Batch(NamedTuple):
@@ -107,11 +110,12 @@ def window_text(
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
     pieces: list[tuple[int, list[int]]] = []
-    total = 0
+    total = short = read = 0
     for number, document in enumerate(documents):
         ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
         cuts = [ids[start : start + length] for start in range(0, len(ids), length)]
         kept = [cut for cut in cuts if len(cut) >= min(SHORTEST, length)][:per_document]
+        read, short = read + 1, short + (not kept)
         for cut in kept:
             pieces.append((number, cut))
             total += len(cut)
@@ -123,6 +127,14 @@ def window_text(
         raise ConfigError(
             f"{name} gives {total} tokens in windows of at least {min(SHORTEST, length)}: expected at least one "
             f"context of {length}; give more text"
+        )
+    if short:
+        logger.warning(
+            "%s: %d of %d documents are shorter than %d tokens and left out",
+            name,
+            short,
+            read,
+            min(SHORTEST, length),
         )
     lengths = torch.tensor([len(ids) for _, ids in pieces])
     input_ids = torch.tensor([token for _, ids in pieces for token in ids])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tether.causal.loading import weights_fingerprint
+from tether.causal.fingerprint import weights_fingerprint
 from tether.causal.losses import IGNORE
 from tether.errors import ConfigError
 from tether.merge.packing import Pack, pack_sample, spread

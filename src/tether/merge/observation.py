@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tether.causal.loading import weights_fingerprint
+from tether.causal.fingerprint import weights_fingerprint
 from tether.errors import ConfigError
 from tether.merge.gram import gram_file, save_grams, stream_grams
 from tether.merge.packing import pack_bank

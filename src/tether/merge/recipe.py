@@ -68,7 +68,7 @@ class Check(_Strict):
     """Continuations sampled from each reference, on which drift is measured too."""
     path_length: Annotated[int, Field(ge=1)] = 64
     """Tokens of each."""
-    accept: Annotated[float, Field(gt=0)] | None = None
+    accept: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The most mean softmax KL(first reference || merged), nats a token, on any text and on its paths."""
     solve_lambda: bool = False
     """Whether to choose ``options.lambda`` so that ``accept`` is used up, in at most four evaluations."""

@@ -208,6 +208,10 @@ def _compare(base: CheckpointReader, readers: Sequence[CheckpointReader]) -> Non
         known = set(reader.names)
         missing = [name for name in names if name not in known]
         other = [name for name in names if name in known and reader.shape(name) != base.shape(name)]
+        # A head may be tied in one file and written out in the other.
+        odd = sorted((known ^ set(base.names)) - {"lm_head.weight", *missing})
+        if odd:
+            wrong.append(f"{reader.path} and the base do not have the same tensors, such as {odd[0]}")
         if missing:
             wrong.append(f"{reader.path} lacks {len(missing)} tensors, such as {missing[0]}")
         if other:
