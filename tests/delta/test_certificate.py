@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,10 +222,12 @@ def test_texts_that_the_model_did_not_write_are_found(leashed, tmp_path, change)
     assert any("words.continuations" in line for line in verify(tmp_path / "copy" / "cert.json"))
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_a_certificate_of_an_older_schema_still_holds(copy, version):
     content = json.loads((copy / "cert.json").read_text())
     content["schema_version"] = version
+    content["claims"] = json.loads((Path(__file__).parent / "older_claims.json").read_text())[str(version)]
+    del content["model"]["dtype"]
     for figures in content["figures"].values():
         if version < 3:
             del figures["budgets"]
@@ -236,9 +239,20 @@ def test_a_certificate_of_an_older_schema_still_holds(copy, version):
     older = Certificate(**content).sealed()
     (copy / "cert.json").write_text(json.dumps(older.model_dump(mode="json")))
     assert verify(copy / "cert.json") == []
+    boasting = older.model_copy(update={"claims": ("It never drifts.",)}).sealed()
+    (copy / "cert.json").write_text(json.dumps(boasting.model_dump(mode="json")))
+    assert verify(copy / "cert.json") == ["the claims are not those of this kind of certificate"]
     older.figures["words"]["nll"] *= 1.1
     (copy / "cert.json").write_text(json.dumps(older.sealed().model_dump(mode="json")))
     assert len(verify(copy / "cert.json")) == 1
+
+
+def test_a_certificate_with_fields_of_its_own_is_refused(copy):
+    content = json.loads((copy / "cert.json").read_text())
+    content["model"]["extra"] = "trusted by all"
+    (copy / "cert.json").write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
+    with pytest.raises(CertificateError, match=r"model: unknown fields \['extra'\]"):
+        verify(copy / "cert.json")
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"schema_version": 99}', "\x00\x01"])

@@ -29,15 +29,16 @@ def fused(model):
 
 def test_what_was_written_is_what_the_model_draws(model, fused, tokenizer):
     begun = prompts(tiny.documents("words", 5), tokenizer, 3)
-    ids = continue_texts(fused, begun, 40, seed=7)
+    written = continue_texts(fused, begun, 40, seed=7)
+    ids = written.ids
     assert ids.shape == (3, PROMPT + 40)
-    assert torch.equal(ids[:, :PROMPT], begun)
-    assert not_drawn(fused, ids, seed=7) == 0
+    assert torch.equal(ids[:, :PROMPT], begun.ids)
+    assert not_drawn(fused, written, seed=7) == 0
     # Another seed or model draws otherwise, and one changed token is noticed.
-    assert not_drawn(fused, ids, seed=8) > 60
-    assert not_drawn(model, ids, seed=7) > 0
+    assert not_drawn(fused, written, seed=8) > 60
+    assert not_drawn(model, written, seed=7) > 0
     ids[1, PROMPT + 5] = (ids[1, PROMPT + 5] + 1) % 256
-    assert not_drawn(fused, ids, seed=7) >= 1
+    assert not_drawn(fused, written, seed=7) >= 1
 
 
 def test_draws_have_the_softmax_law(model):
@@ -52,8 +53,8 @@ def test_draws_have_the_softmax_law(model):
 
 def test_only_contexts_of_generated_tokens_are_kept(model, fused, tokenizer):
     begun = prompts(tiny.documents("words", 5), tokenizer, 2)
-    ids = continue_texts(fused, begun, 9)
-    windows = text_windows(ids)
+    written = continue_texts(fused, begun, 9)
+    ids, windows = written.ids, text_windows(written)
     result = measure(model, fused.fusion, windows, [Variant((1.0,), "symmetric", False, 0.002)])
     part = generated_part(result, 9)
     assert part.softmax_kl.shape == (1, 18)

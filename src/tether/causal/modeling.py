@@ -207,7 +207,8 @@ class CausalQwenForCausalLM(
         if layers:
             kwargs["output_hidden_states"] = True
         if numeric_values is not None:
-            input_ids, inputs_embeds = None, self._embed(input_ids, inputs_embeds, numeric_values)
+            given = input_ids if inputs_embeds is None else None
+            input_ids, inputs_embeds = None, self.embed(given, numeric_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.backbone(
             input_ids=input_ids,
@@ -269,8 +270,21 @@ class CausalQwenForCausalLM(
             attentions=outputs.attentions,
         )
 
-    def _embed(self, input_ids: Tensor | None, embeds: Tensor | None, numeric_values: Tensor) -> Tensor:
-        if input_ids is None or embeds is not None:
+    def embed(self, input_ids: Tensor | None, numeric_values: Tensor) -> Tensor:
+        """Embed a text with the sizes of its numbers.
+
+        Args:
+            input_ids: token ids, shape (B, T).
+            numeric_values: the number at each `<NUM>`, 0 elsewhere, shape (B, T).
+
+        Returns:
+            Embeddings, shape (B, T, H), for the backbone.
+
+        Raises:
+            ConfigError: no ids, a model without `<NUM>`, or numbers elsewhere than at `<NUM>`.
+            ShapeError: numbers of another shape.
+        """  # noqa: DOC502 - raised by what it calls
+        if input_ids is None:
             raise ConfigError(
                 "numeric_values without input_ids: expected the ids, so that <NUM> can be found"
             )

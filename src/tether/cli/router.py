@@ -92,7 +92,7 @@ def _deltas(
     from tether.causal.loading import load
     from tether.delta.cache import cached
     from tether.delta.delta import Delta
-    from tether.delta.windows import window_text
+    from tether.delta.windows import reader, window_text
     from tether.router.deltas import DeltaRouterFit, route_deltas
     from tether.store.documents import read_documents
 
@@ -108,7 +108,7 @@ def _deltas(
     cut = max(1, round(0.6 * len(general)))
     pieces = [*(read_documents(path) for path in texts), general[:cut], general[cut:]]
     base, tokenizer = load(model)
-    windows = [window_text(piece, tokenizer, tokens=limit) for piece in pieces]
+    windows = [window_text(piece, reader(base, tokenizer), tokens=limit) for piece in pieces]
     with reporter() as report, tempfile.TemporaryDirectory(prefix="tether-") as folder:
         names = [*(delta.name for delta in deltas), "base text", "held-out base text"]
         caches = [

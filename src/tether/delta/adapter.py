@@ -262,12 +262,12 @@ class Attached:
         kept = get_peft_model_state_dict(self.peft, adapter_name=self.slot(name), save_embedding_layers=False)
         return dict(kept)
 
-    def states(self, name: str, input_ids: Tensor, **options: Any) -> Any:
+    def states(self, name: str, input_ids: Tensor | None = None, **options: Any) -> Any:
         """Run the backbone with one adapter.
 
         Args:
             name: which.
-            input_ids: shape (B, T).
+            input_ids: shape (B, T); or `inputs_embeds` among the options.
             options: for the backbone; without a cache unless given.
 
         Returns:

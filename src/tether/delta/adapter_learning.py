@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tether.delta.adapter import Adapter, Attached, lora_config
 from tether.delta.adapter_drift import adapter_drift
-from tether.delta.adapter_training import AdapterFit, AdapterTraining, take_windows
+from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.anchor import check_base
 from tether.delta.background import write_background
 from tether.delta.budget import Budget, meet_budget
-from tether.delta.cache import StateCache, hidden_states
+from tether.delta.cache import StateCache, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
 from tether.delta.material import gather, states_of
 from tether.delta.training import Step
@@ -124,10 +124,10 @@ def meet_adapter(
     Returns:
         `factor`, 0 where none was found that holds; `drift_base` there; `drift_tokens`.
     """
-    windows, device = held_out.windows, model.action.weight.device
+    windows = held_out.windows
     count = len(windows.starts) - 1
     wanted = max(1, min(count, math.ceil(probe * count / len(windows.input_ids))))
-    batches = [take_windows(windows, rows) for rows in torch.linspace(0, count - 1, wanted).long().split(8)]
+    batches = [windows.batch(rows) for rows in torch.linspace(0, count - 1, wanted).long().split(8)]
     # Afresh from the backbone: what is cached is rounded to float16.
     before = [hidden_states(model, batch)[batch.mask] for batch in batches]
 
@@ -135,7 +135,7 @@ def meet_adapter(
         attached.rescale(name, factor)
         drifts = []
         for base, batch in zip(before, batches, strict=True):
-            states = attached.states(name, batch.input_ids.to(device)).last_hidden_state.float().cpu()
+            states = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
             drifts.append(adapter_drift(budget.metric, model, base, states[batch.mask], fisher))
         return float(budget.statistic(torch.cat(drifts)))
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from tether.delta.adapter import Attached, frozen_twin
 from tether.delta.adapter_drift import adapter_drift, softmax_kl
 from tether.delta.budget import Budget
-from tether.delta.cache import StateCache
+from tether.delta.cache import StateCache, text_inputs
 from tether.delta.objective import full_cross_entropy, output_fisher
 from tether.delta.source import reference
 from tether.delta.training import Step
-from tether.delta.windows import Batch, Windows
+from tether.delta.windows import Batch
 from tether.errors import ConfigError
 
-__all__ = ["AdapterFit", "AdapterTraining", "take_windows"]
+__all__ = ["AdapterFit", "AdapterTraining"]
 
 
 SMOOTH = 0.8
@@ -116,7 +116,8 @@ class AdapterTraining:
     ) -> None:
         # Gradients pass through the heads to the adapter, and must not be left in the model's own weights.
         heads = {part: frozen_twin(getattr(model, part)) for part in ("abduction", "action")}
-        self.model, self.attached, self.name = SimpleNamespace(**heads), attached, name
+        frozen = SimpleNamespace(embed=torch.no_grad()(model.embed), **heads)
+        self.model, self.attached, self.name = frozen, attached, name
         self.domain, self.base, self.fit, self.generator = domain, base, fit, generator
         self.metric = "softmax" if fit.budget is None else fit.budget.metric
         value = 0.05 if fit.budget is None or fit.budget.value is None else fit.budget.value
@@ -139,7 +140,7 @@ class AdapterTraining:
         for _ in range(self.fit.epochs):
             windows = self.domain.windows
             order = torch.randperm(len(windows.starts) - 1, generator=self.generator)
-            yield from (take_windows(windows, rows) for rows in order.split(self.fit.batch))
+            yield from (windows.batch(rows) for rows in order.split(self.fit.batch))
 
     @torch.enable_grad()
     def run(self, on_step: Step | None) -> None:
@@ -186,7 +187,7 @@ class AdapterTraining:
         """
         windows = self.domain.windows
         targets = windows.targets[windows.positions(batch)]
-        states = self.attached.states(self.name, self._to_device(batch)).last_hidden_state.cpu()
+        states = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()
         states, targets = states[batch.mask][targets >= 0], targets[targets >= 0]
         action = self.model.action
         bias = None if action.bias is None else action.bias.detach()
@@ -201,9 +202,11 @@ class AdapterTraining:
         """
         windows = self.base.windows
         rows = torch.randint(len(windows.starts) - 1, (self.fit.base_batch,), generator=self.generator)
-        batch = take_windows(windows, rows)
+        batch = windows.batch(rows)
         before = self.base.states[windows.positions(batch)].float()
-        after = self.attached.states(self.name, self._to_device(batch)).last_hidden_state.cpu()[batch.mask]
+        after = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()[
+            batch.mask
+        ]
         if self.metric == "softmax":
             drifts = softmax_kl(self.model, before, after)
         else:
@@ -212,9 +215,6 @@ class AdapterTraining:
         seen = float((drifts.mean() if budget is None else budget.statistic(drifts)).detach())
         self.drift = seen if self.drift is None else SMOOTH * self.drift + (1 - SMOOTH) * seen
         return drifts.mean() if budget is None else budget.pressed(drifts)
-
-    def _to_device(self, batch: Batch) -> Tensor:
-        return batch.input_ids.to(self.model.action.weight.device)
 
     # In logarithms the ascent answers alike to drifts far above and far below the budget.
     def _ascend(self) -> None:
@@ -225,20 +225,3 @@ class AdapterTraining:
         rate = RISE if excess > 0 else FALL
         self.multiplier *= math.exp(rate * max(-2.0, min(2.0, excess)))
         self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)
-
-
-def take_windows(windows: Windows, rows: Tensor) -> Batch:
-    """Put some windows side by side.
-
-    Args:
-        windows: the text.
-        rows: which windows, shape (B,).
-
-    Returns:
-        The batch, padded on the right.
-    """
-    lengths = windows.starts.diff()[rows]
-    time_of = torch.arange(int(lengths.max()))
-    mask = time_of < lengths.unsqueeze(-1)
-    index = (windows.starts[rows].unsqueeze(-1) + time_of).clamp(max=len(windows.input_ids) - 1)
-    return Batch(rows, torch.where(mask, windows.input_ids[index], 0), mask)

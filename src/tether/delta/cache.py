@@ -27,6 +27,7 @@ __all__ = [
     "hidden_states",
     "latent_print",
     "load_states",
+    "text_inputs",
 ]
 
 BATCH = 8
@@ -72,7 +73,10 @@ class StateCache(NamedTuple):
         lengths = windows.starts.diff()
         kept = chosen.repeat_interleave(lengths)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[chosen].cumsum(0)])
-        rest = Windows(windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts)
+        values = None if windows.numeric_values is None else windows.numeric_values[kept]
+        rest = Windows(
+            windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts, values
+        )
         return StateCache(rest, self.states[kept], self.base, self.layers)
 
 
@@ -151,10 +155,26 @@ def hidden_states(model: Any, batch: Batch, layers: Sequence[int] = ()) -> Tenso
     Returns:
         z, shape (B, T, H), or with the middle layers beside it, shape (B, T, H (1 + L)); float32, on the CPU.
     """
-    device = model.action.weight.device
     asked = {"output_hidden_states": True} if layers else {}
-    output = model.backbone(input_ids=batch.input_ids.to(device), use_cache=False, **asked)
+    output = model.backbone(**text_inputs(model, batch), use_cache=False, **asked)
     return join_features(output.last_hidden_state, output.hidden_states, layers).float().cpu()
+
+
+def text_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Give a backbone's inputs for a batch: ids, or their embeddings with the numbers in them.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+        batch: from `Windows.batches`.
+
+    Returns:
+        Keyword arguments for the backbone, on the model's device.
+    """
+    device = model.action.weight.device
+    ids = batch.input_ids.to(device)
+    if batch.numeric_values is None:
+        return {"input_ids": ids}
+    return {"inputs_embeds": model.embed(ids, batch.numeric_values.to(device))}
 
 
 def cache_states(
@@ -185,9 +205,13 @@ def cache_states(
     """  # noqa: DOC502 - raised by check_layers
     check_layers(layers, model.config.get_text_config(decoder=True).num_hidden_layers)
     count, width = len(windows.input_ids), model.abduction.loc.in_features * (1 + len(layers))
-    tensors = {name: getattr(windows, name).numpy() for name in Windows._fields}
+    tensors = {name: values.numpy() for name, values in windows._asdict().items() if values is not None}
+    kinds = {"int64": "I64", "float64": "F64"}
     header, offset = _header(
-        {**{k: (v.shape, "I64") for k, v in tensors.items()}, "states": ((count, width), "F16")},
+        {
+            **{k: (v.shape, kinds[str(v.dtype)]) for k, v in tensors.items()},
+            "states": ((count, width), "F16"),
+        },
         model,
         layers,
     )
@@ -222,7 +246,7 @@ def _header(
     entries: dict[str, tuple[tuple[int, ...], str]], model: Any, layers: Sequence[int]
 ) -> tuple[bytes, int]:
     # The safetensors layout: tensors laid end to end behind a JSON header; states are the last.
-    size = {"I64": 8, "F16": 2}
+    size = {"I64": 8, "F64": 8, "F16": 2}
     described: dict[str, Any] = {
         "__metadata__": {
             "kind": "states",
@@ -260,7 +284,7 @@ def load_states(path: Path) -> StateCache:
         raise CheckpointError(
             f"{path}: expected cached states, found {metadata.get('kind', 'another file')}; rebuild it"
         )
-    windows = Windows(*(reader.tensor(name) for name in Windows._fields))
+    windows = Windows(**{name: reader.tensor(name) for name in Windows._fields if name in reader.names})
     # The reader copies; the states are mapped instead, so that a large text costs pages, not memory.
     with safe_open(path, framework="pt") as stream:
         states = stream.get_tensor("states")
@@ -296,7 +320,9 @@ def cached(
     # States of a model in half precision are not those of the same model in single precision.
     digest = hashlib.sha256(f"{backbone_print(model)} {model.action.weight.dtype}".encode())
     for values in windows:
-        digest.update(values.numpy().tobytes())
+        digest.update(b"" if values is None else values.numpy().tobytes())
+    if windows.numeric_values is not None:
+        digest.update(model.numeric.direction.detach().cpu().float().numpy().tobytes())
     if layers:
         digest.update(repr(tuple(layers)).encode())
     name = f"states-{digest.hexdigest()[:16]}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tether.delta.continuations import (
     PROMPT,
+    Written,
     continue_texts,
     generated_part,
     not_drawn,
@@ -28,7 +29,7 @@ from tether.delta.record import (
     read,
 )
 from tether.delta.summary import summarise
-from tether.delta.windows import Windows, window_text
+from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, CheckpointError
 from tether.store.documents import read_documents, text_hash
 from tether.store.hashing import sha256_file
@@ -91,6 +92,7 @@ def certify(
     documents = {
         name: read_documents(t) if isinstance(t, str | Path) else list(t) for name, t in named.items()
     }
+    tokenizer = reader(fused, tokenizer)
     ready = {name: _prepared(documents[name], tokenizer, chosen, name) for name in named}
     figures = {name: _figures(fused, *ready[name], chosen, on_step) for name in named}
     return compose(fused, named, figures, chosen)
@@ -152,7 +154,7 @@ def _name(text: Any) -> str:
 # A text's windows, and the beginnings of documents that the model shall go on from.
 def _prepared(
     documents: Sequence[str], tokenizer: Any, chosen: Settings, name: str, *, whole: bool = False
-) -> tuple[Windows, Tensor | None]:
+) -> tuple[Windows, Written | None]:
     called = f"text {name}"
     windows = window_text(
         documents, tokenizer, length=chosen.window, tokens=chosen.tokens, per_document=chosen.per_document,
@@ -166,10 +168,10 @@ def _prepared(
 def _figures(
     fused: Any,
     windows: Windows,
-    begun: Tensor | None,
+    begun: Written | None,
     chosen: Settings,
     on_step: Any,
-    ids: Tensor | None = None,
+    written: Written | None = None,
 ) -> dict[str, Any]:
     shares = {"quantile": chosen.quantile, "confidence": chosen.confidence}
     figures = summarise(
@@ -177,11 +179,14 @@ def _figures(
     )
     if begun is None:
         return figures
-    if ids is None:
-        ids = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
-    result = measure(fused, fused.fusion, text_windows(ids), [_variant(fused)], on_step=on_step)
+    if written is None:
+        written = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
+    result = measure(fused, fused.fusion, text_windows(written), [_variant(fused)], on_step=on_step)
     own = summarise(generated_part(result, chosen.continuation_tokens), 0, **shares)
-    return figures | {"continuations": own | {"prompt": PROMPT, "ids": ids.tolist()}}
+    texts = {"prompt": PROMPT, "ids": written.ids.tolist()}
+    if written.values is not None:
+        texts["values"] = written.values.tolist()
+    return figures | {"continuations": own | texts}
 
 
 def _budgeted(fused: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +276,8 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
         else ["the checkpoint's fusion is not the one described"]
     )
     chosen = Settings(**certificate.settings)
+    # Up to that schema numbers were read as other words.
+    tokenizer = tokenizer if certificate.schema_version <= 4 else reader(fused, tokenizer)
     for name, text in certificate.texts.items():
         documents = read_documents(folder / text["path"])
         if text_hash(documents) != text["documents"]:
@@ -279,28 +286,35 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
         windows, begun = _prepared(
             documents, tokenizer, chosen, name, whole=certificate.schema_version <= WHOLE
         )
-        ids = None
+        written = None
         if "continuations" in stated and begun is not None:
             # What was written is stated, and checked: writing it again could part at a rounding error.
-            ids = torch.tensor(stated["continuations"]["ids"])
-            wrong += _not_written(fused, ids, begun, chosen, name)
+            said = stated["continuations"]
+            values = torch.tensor(said["values"], dtype=torch.float64) if "values" in said else None
+            written = Written(torch.tensor(said["ids"]), values)
+            wrong += _not_written(fused, written, begun, chosen, name)
             if wrong:
                 continue
-        again = _budgeted(fused, _figures(fused, windows, begun, chosen, on_step, ids))
+        again = _budgeted(fused, _figures(fused, windows, begun, chosen, on_step, written))
         unknown = ADDED.get(certificate.schema_version, ())
         again = {key: value for key, value in again.items() if key not in unknown}
         wrong += _differences(stated, again, f"{name}")
     return wrong
 
 
-def _not_written(fused: Any, ids: Tensor, begun: Tensor, chosen: Settings, name: str) -> list[str]:
-    if ids.shape != (len(begun), PROMPT + chosen.continuation_tokens) or not torch.equal(
-        ids[:, :PROMPT], begun
+def _not_written(fused: Any, written: Written, begun: Written, chosen: Settings, name: str) -> list[str]:
+    shape = (len(begun.ids), PROMPT + chosen.continuation_tokens)
+    pairs = [(written.ids, begun.ids)]
+    if written.values is not None and begun.values is not None:
+        pairs.append((written.values, begun.values))
+    if (written.values is None) != (begun.values is None) or any(
+        found.shape != shape or not torch.equal(found[:, :PROMPT], given) for found, given in pairs
     ):
-        return [f"{name}.continuations: not {len(begun)} continuations of the text's first documents"]
+        return [f"{name}.continuations: not {len(begun.ids)} continuations of the text's first documents"]
+    ids = written.ids
     if not bool(((ids >= 0) & (ids < fused.vocab_size)).all()):
         return [f"{name}.continuations: ids outside the vocabulary"]
-    count = not_drawn(fused, ids, chosen.seed)
+    count = not_drawn(fused, written, chosen.seed)
     return [f"{name}.continuations: {count} tokens are not what the model writes"] if count else []
 
 

@@ -16,7 +16,7 @@ from tether.delta.cache import hidden_states
 from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
 from tether.delta.shares import shares
-from tether.delta.windows import Windows, window_text
+from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, ConfigError
 from tether.store.documents import read_documents
 from tether.theory.bounds import K_INF, fused_drift_bound
@@ -105,7 +105,7 @@ def keep_ledger(
     if next_drift is not None and not next_drift >= 0:
         raise ConfigError(f"another delta of drift {next_drift}: expected nats, >= 0")
     documents = read_documents(text) if isinstance(text, str | Path) else list(text)
-    windows = window_text(documents, tokenizer, length=window, tokens=tokens)
+    windows = window_text(documents, reader(fused, tokenizer), length=window, tokens=tokens)
     sums = _accumulate(fused, fusion, windows, next_drift)
     count = len(windows.input_ids)
     mean: dict[str, Any] = {name: (value / count).tolist() for name, value in sums.items()}
@@ -265,7 +265,7 @@ def check_allowance(
             f"a budget of {limit.nats} in {limit.metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
         )
     documents = read_documents(text) if isinstance(text, str | Path) else list(text)
-    windows = window_text(documents, tokenizer, length=window, tokens=tokens)
+    windows = window_text(documents, reader(fused, tokenizer), length=window, tokens=tokens)
     mean = _measured(fused, windows, on_step)[limit.metric]
     if not mean <= limit.nats:
         raise CertificateError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tether.delta.cache import StateCache, cached
 from tether.delta.gate import check_windows
 from tether.delta.shards import together
-from tether.delta.windows import Windows, window_text
+from tether.delta.windows import Windows, reader, window_text
 from tether.errors import ConfigError
 from tether.store.documents import read_documents, text_hash
 
@@ -80,7 +80,7 @@ def gather(
         f"the base text's part to meet the budget on ({HELD_OUT:.0%} of it)": second,
     }
     domain, fitted, held_out = (
-        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
+        window_text(part, reader(model, tokenizer), length=window, tokens=tokens, name=called)
         for called, part in parts.items()
     )
     if gate:

@@ -51,7 +51,9 @@ def cut(windows: Windows, tokens: int) -> list[Windows]:
     for first, last in pairwise(edges):
         span = slice(int(windows.starts[first]), int(windows.starts[last]))
         starts = windows.starts[first : last + 1] - windows.starts[first]
-        parts.append(Windows(windows.input_ids[span], windows.targets[span], windows.documents[span], starts))
+        values = None if windows.numeric_values is None else windows.numeric_values[span]
+        of_part = (windows.input_ids[span], windows.targets[span], windows.documents[span])
+        parts.append(Windows(*of_part, starts, values))
     return parts
 
 
@@ -140,10 +142,15 @@ def load_shards(folder: Path) -> StateCache:
         raise CheckpointError(
             f"{folder}: its parts are of several bases or layers; remove it and cache again"
         )
-    ids, targets, documents = (torch.cat([part.windows[field] for part in parts]) for field in range(3))
+    texts = [part.windows for part in parts]
+    ids = torch.cat([text.input_ids for text in texts])
+    targets = torch.cat([text.targets for text in texts])
+    documents = torch.cat([text.documents for text in texts])
     offsets = torch.tensor([0, *(len(part.windows.input_ids) for part in parts)]).cumsum(0)
     starts = [part.windows.starts[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
-    windows = Windows(ids, targets, documents, torch.cat([*starts, offsets[-1:]]))
+    values = [text.numeric_values for text in texts if text.numeric_values is not None]
+    numbers = torch.cat(values) if values else None
+    windows = Windows(ids, targets, documents, torch.cat([*starts, offsets[-1:]]), numbers)
     tensors = [part.states for part in parts if isinstance(part.states, torch.Tensor)]
     return StateCache(windows, ShardedStates(tensors), parts[0].base, parts[0].layers)
 

@@ -16,7 +16,7 @@ from tether.delta.material import check_plain, states_of
 from tether.delta.problem import BASE_TOKENS, Problem
 from tether.delta.solver import minimise_loss
 from tether.delta.source import spread
-from tether.delta.windows import Windows, window_text
+from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, ConfigError
 from tether.stats import clopper_pearson, quantile_upper_bound
 from tether.store.documents import read_documents
@@ -252,7 +252,7 @@ def weigh_texts(
     layers = sorted({layer for delta in deltas for layer in delta.layers})
     limits = {name: tokens and tokens * (1 if name in texts else 3) for name in read}
     windows = {
-        name: window_text(documents, tokenizer, length=window, tokens=limits[name], name=name)
+        name: window_text(documents, reader(model, tokenizer), length=window, tokens=limits[name], name=name)
         for name, documents in read.items()
     }
     _check_base(windows["the base text"])

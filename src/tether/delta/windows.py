@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tether.causal.losses import IGNORE
+from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
 
-__all__ = ["Batch", "Windows", "window_text"]
+__all__ = ["Batch", "Windows", "encode", "reader", "window_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,13 @@ class Batch(NamedTuple):
         rows: which windows these are, shape (B,).
         input_ids: shape (B, T), 0 where padded.
         mask: which positions carry a token, shape (B, T), bool.
+        numeric_values: the number at each position, 0 elsewhere, shape (B, T), float64; None without numbers.
     """
 
     rows: Tensor
     input_ids: Tensor
     mask: Tensor
+    numeric_values: Tensor | None = None
 
 
 class Windows(NamedTuple):
@@ -40,12 +43,15 @@ class Windows(NamedTuple):
         targets: the next token within the same window, `IGNORE` at each window's end, shape (n,), int64.
         documents: which document each token is from, shape (n,), int64, from 0.
         starts: offset of each window, and n at the end, shape (W + 1,), int64.
+        numeric_values: the number that each `<NUM>` stands for, 0 elsewhere, shape (n,), float64; None for a text
+            that is read without numbers.
     """
 
     input_ids: Tensor
     targets: Tensor
     documents: Tensor
     starts: Tensor
+    numeric_values: Tensor | None = None
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Group windows of similar length, longest first, so that little is padded.
@@ -59,11 +65,23 @@ class Windows(NamedTuple):
         lengths = self.starts.diff()
         order = lengths.argsort(descending=True, stable=True)
         for rows in order.split(size):
-            time = torch.arange(int(lengths[rows].max()))
-            mask = time < lengths[rows].unsqueeze(-1)
-            index = self.starts[rows].unsqueeze(-1) + time
-            input_ids = torch.where(mask, self.input_ids[index.clamp(max=len(self.input_ids) - 1)], 0)
-            yield Batch(rows, input_ids, mask)
+            yield self.batch(rows)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Put some windows side by side.
+
+        Args:
+            rows: which windows, shape (B,).
+
+        Returns:
+            The batch, padded on the right.
+        """
+        lengths = self.starts.diff()[rows]
+        time = torch.arange(int(lengths.max()))
+        mask = time < lengths.unsqueeze(-1)
+        index = (self.starts[rows].unsqueeze(-1) + time).clamp(max=len(self.input_ids) - 1)
+        values = None if self.numeric_values is None else torch.where(mask, self.numeric_values[index], 0)
+        return Batch(rows, torch.where(mask, self.input_ids[index], 0), mask, values)
 
     def positions(self, batch: Batch) -> Tensor:
         """Give the offsets of a batch's tokens in the flat layout.
@@ -92,7 +110,7 @@ def window_text(
 
     Args:
         documents: the documents in order.
-        tokenizer: any transformers tokenizer.
+        tokenizer: any transformers tokenizer, or the numeric one of a model that reads numbers (`reader`).
         length: tokens a window, >= 2.
         tokens: stop after the window that brings the total to this many; None takes all.
         per_document: windows taken of one document at most; None takes all.
@@ -109,16 +127,16 @@ def window_text(
         raise ConfigError(f"window of {length}, tokens={tokens}: expected at least 2 and at least 1")
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
-    pieces: list[tuple[int, list[int]]] = []
+    pieces: list[tuple[int, list[int], list[float]]] = []
     total = short = read = 0
     for number, document in enumerate(documents):
-        ids = tokenizer(document, truncation=False, verbose=False)["input_ids"]
-        cuts = [ids[start : start + length] for start in range(0, len(ids), length)]
-        kept = [cut for cut in cuts if len(cut) >= min(SHORTEST, length)][:per_document]
+        ids, values = encode(tokenizer, document)
+        cuts = [(ids[at : at + length], values[at : at + length]) for at in range(0, len(ids), length)]
+        kept = [cut for cut in cuts if len(cut[0]) >= min(SHORTEST, length)][:per_document]
         read, short = read + 1, short + (not kept)
         for cut in kept:
-            pieces.append((number, cut))
-            total += len(cut)
+            pieces.append((number, *cut))
+            total += len(cut[0])
             if tokens is not None and total >= tokens and not whole:
                 break
         if tokens is not None and total >= tokens:
@@ -136,10 +154,43 @@ def window_text(
             read,
             min(SHORTEST, length),
         )
-    lengths = torch.tensor([len(ids) for _, ids in pieces])
-    input_ids = torch.tensor([token for _, ids in pieces for token in ids])
+    lengths = torch.tensor([len(ids) for _, ids, _ in pieces])
+    input_ids = torch.tensor([token for _, ids, _ in pieces for token in ids])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     targets = torch.cat([input_ids[1:], torch.tensor([IGNORE])])
     targets[starts[1:] - 1] = IGNORE
-    numbers = torch.tensor([number for number, _ in pieces]).repeat_interleave(lengths)
-    return Windows(input_ids, targets, numbers, starts)
+    numbers = torch.tensor([number for number, *_ in pieces]).repeat_interleave(lengths)
+    numeric_values = None
+    if isinstance(tokenizer, NumericTokenizer):
+        numeric_values = torch.tensor([value for *_, found in pieces for value in found], dtype=torch.float64)
+    return Windows(input_ids, targets, numbers, starts, numeric_values)
+
+
+def reader(model: Any, tokenizer: Any) -> Any:
+    """Give the tokenizer that a model's text is to be read with.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+        tokenizer: its plain tokenizer, or its numeric one.
+
+    Returns:
+        The numeric tokenizer where the model reads numbers (`--numbers`), else the one given.
+    """
+    known = getattr(model.config, "num_token_id", None)
+    return tokenizer if known is None or tokenizer is None else model.add_numbers(tokenizer)
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
+    """Tokenise one text.
+
+    Args:
+        tokenizer: plain or numeric.
+        text: the text.
+
+    Returns:
+        Ids and numbers, of one length; without numbers the second list is empty.
+    """
+    if isinstance(tokenizer, NumericTokenizer):
+        encoded = tokenizer(text)
+        return list(encoded["input_ids"]), list(encoded["numeric_values"])
+    return tokenizer(text, truncation=False, verbose=False)["input_ids"], []
