@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -17,6 +18,8 @@ from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import read_manifest
 from tether.store.publish import check_free
+from tether.store.reader import CheckpointReader
+from tether.store.writer import write_safetensors
 
 
 def make(model, name="a", seed=0, *, gate=True, rank=3, window=4, base=None, first=True):
@@ -211,3 +214,48 @@ def test_gates_refuse_ways_to_write_that_take_tokens_back(model):
     assert_close(fused(input_ids=ids[:, :1], **both).logits, whole, rtol=1e-4, atol=1e-4)
     plain = fuse(model, {make(model): 1.0}, gated=False)
     assert plain.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=3).shape == (1, 22)
+
+
+@pytest.mark.parametrize("chart", ["linear", "symmetric", "geodesic", "rootkl"])
+def test_behind_a_closed_gate_the_base_is_served_however_large_the_delta(model, chart):
+    generator = torch.Generator().manual_seed(3)
+    closed = Gate(torch.zeros(32), torch.randn(3, 32, generator=generator), torch.full((4,), -1.0))
+    heads = 100 * torch.randn(2, 32, 32, generator=generator)
+    large = dataclasses.replace(make(model, "large"), first=heads[0], second=heads[1], gate=closed)
+    ids = torch.randint(256, (2, 30), generator=generator)
+    small = make(model)
+    with torch.no_grad():
+        alone, base = fuse(model, {large: 1.0}, chart=chart)(input_ids=ids), model(input_ids=ids)
+        beside, without = (
+            fuse(model, deltas, chart=chart)(input_ids=ids)
+            for deltas in ({large: 1.0, small: 1.0}, {small: 1.0})
+        )
+    assert torch.equal(alone.logits, base.logits)
+    assert_close(beside.logits, without.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no second", "half a gate", "shapes", "not numbers", "width", "gate width"]
+)
+def test_a_damaged_delta_is_refused_by_name(model, tmp_path, damage):
+    whole = make(model)
+    gate = whole.gate
+    changes = {
+        "shapes": {"first": whole.first[:, :20]},
+        "not numbers": {"second": whole.second.clone().fill_(math.nan)},
+        "width": {"first": None, "second": whole.second[:, :20]},
+        "gate width": {"gate": Gate(gate.center[:20], gate.whitening[:, :20], gate.threshold)},
+    }
+    dataclasses.replace(whole, **changes.get(damage, {})).save(tmp_path / "a.delta")
+    if damage in ("no second", "half a gate"):
+        reader = CheckpointReader(tmp_path / "a.delta")
+        gone = "second" if damage == "no second" else "gate.center"
+        kept = {name: reader.tensor(name) for name in reader.names if name != gone}
+        write_safetensors(tmp_path / "a.delta", kept, reader.metadata())
+    with pytest.raises(CheckpointError, match=r"damaged"):
+        fuse(model, {Delta.load(tmp_path / "a.delta"): 1.0})
+
+
+def test_a_weight_that_32_bits_do_not_hold_is_refused(model):
+    with pytest.raises(ConfigError, match="number of 32 bits"):
+        fuse(model, {make(model): 1e39})

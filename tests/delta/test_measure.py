@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import tiny
 from tether.cauchy.charts import CHARTS
+from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import Gate
@@ -147,3 +148,40 @@ def test_summary_counts_means_and_violations(model, case):
     at_most = summarise(many, 0)["softmax_kl"]["documents"]["at_most"]
     # 70 documents: the largest but none may be left out at 95 %/95 %.
     assert at_most == pytest.approx(float(per_document.max()))
+
+
+def test_where_a_leash_serves_the_base_nothing_is_measured(model, tokenizer):
+    """A move that float32 does not hold cannot be shrunk: the base is served, and that is on record."""
+    windows = window_text(tiny.documents("words", 3), tokenizer, length=40)
+    large = {delta(model, "a", 1, size=1200.0): 1.0}
+    fused = fuse(model, large, gated=False, leash=0.1)
+    result = measure(model, fused.fusion, windows, [Variant((1.0,), "symmetric", False, 0.1, "softmax")])
+    assert float(result.softmax_kl.abs().max()) <= 0.1
+    assert torch.isfinite(result.nll).all()
+    assert float(result.leash.min()) == 0
+    batch = next(windows.batches(3))
+    with torch.no_grad():
+        served, base = fused(input_ids=batch.input_ids).logits, model(input_ids=batch.input_ids).logits
+    kl = base.double().softmax(-1) * (base.double().log_softmax(-1) - served.double().log_softmax(-1))
+    assert_close(
+        result.softmax_kl[0, windows.positions(batch)], kl.sum(-1)[batch.mask].float(), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_in_half_precision_rounding_of_what_is_served_counts(tokenizer):
+    backbone = tiny.backbone()
+    with torch.no_grad():
+        backbone.get_output_embeddings().weight.mul_(4)
+    model = CausalQwenForCausalLM.from_backbone(backbone.bfloat16())
+    windows = window_text(tiny.documents("words", 3), tokenizer, length=40)
+    fused = fuse(model, {delta(model, "a", 1, size=0.3): 1.0}, gated=False)
+    result = measure(model, fused.fusion, windows, [Variant((1.0,), "symmetric", False)])
+    kl = torch.zeros(len(windows.input_ids), dtype=torch.float64)
+    for batch in windows.batches(3):
+        with torch.no_grad():
+            base, served = (
+                m(input_ids=batch.input_ids).logits.double().log_softmax(-1) for m in (model, fused)
+            )
+        kl[windows.positions(batch)] = (base.exp() * (base - served)).sum(-1)[batch.mask]
+    assert 1e-6 < float(kl.mean()) < 0.1
+    assert_close(result.softmax_kl[0].double().mean(), kl.mean(), rtol=0.02, atol=0)

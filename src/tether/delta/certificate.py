@@ -85,7 +85,7 @@ def certify(
     if unlike := [part for part in parts if not _equal(model, fused, part)]:
         raise CertificateError(
             f"{', '.join(unlike)}: the weights are not those of the base, so drift is not what its deltas do "
-            "alone; name the base it was fused from"
+            "alone; name the base it was fused from, and load both in the number format that the checkpoint has"
         )
     named = texts if isinstance(texts, Mapping) else {_name(texts): texts}
     # Every text is read before the first one is measured, so that bad input is found at once.
