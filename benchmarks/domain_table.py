@@ -56,6 +56,18 @@ class Table:
         found = [every[arm] for every in cells if arm in every]  # some arms have the first seed only
         return float(np.mean([rate(c, figure) if figure in ("nll", "kl") else c[figure] for c in found]))
 
+    def runs(self, arm: str) -> int:
+        """Count the seeds that an arm was measured on.
+
+        Args:
+            arm: of `single` or `fused`.
+
+        Returns:
+            How many.
+        """
+        every = [self.cells[f"{TEXTS[0]}-{seed}"] for seed in self.seeds]
+        return sum(any(name == arm or name.startswith(f"{arm}:") for name in cells) for cells in every)
+
     def single(self) -> Iterable[dict[str, Any]]:
         """Give a line for every way to learn one domain.
 

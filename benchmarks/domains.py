@@ -235,7 +235,7 @@ def as_rows(table: Table) -> list[Row]:
     """
     found = []
 
-    def add(case: str, metric: str, ours: float, baseline: float) -> None:
+    def add(arm: str, case: str, metric: str, ours: float, baseline: float) -> None:
         ratio = ours / baseline if baseline else None
         found.append(
             {
@@ -244,7 +244,7 @@ def as_rows(table: Table) -> list[Row]:
                 "ours": ours,
                 "baseline": baseline,
                 "ratio": ratio,
-                "runs": len(table.seeds),
+                "runs": table.runs(arm),
             }
         )
 
@@ -253,16 +253,16 @@ def as_rows(table: Table) -> list[Row]:
     plain = next(line for line in single if line["arm"] == "lora")
     for line in single:
         case = f"one domain, {line['arm']}; baseline: the base, for costs plain LoRA"
-        add(case, "mean NLL of the domains, each with its own, nats", line["mean"], base)
+        add(line["arm"], case, "mean NLL of the domains, each with its own, nats", line["mean"], base)
         for name in (*BASE_TEXTS, OTHER):
-            add(case, f"KL on {name}, nats", line[f"{name} kl"], 0.0)
+            add(line["arm"], case, f"KL on {name}, nats", line[f"{name} kl"], 0.0)
         for cost in ("cpu_cached", "cpu_cold", "cpu_first", "peak_rss", "bytes"):
-            add(case, cost, line[cost], plain[cost])
+            add(line["arm"], case, cost, line[cost], plain[cost])
     for line in fused:
         case = f"three domains in one, {line['arm']}; baseline: the base"
-        add(case, "mean NLL of the domains, nats", line["mean"], base)
+        add(line["arm"], case, "mean NLL of the domains, nats", line["mean"], base)
         for name in (*BASE_TEXTS, OTHER):
-            add(case, f"KL on {name}, nats", line[f"{name} kl"], 0.0)
+            add(line["arm"], case, f"KL on {name}, nats", line[f"{name} kl"], 0.0)
     return found
 
 

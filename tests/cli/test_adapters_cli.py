@@ -103,3 +103,12 @@ def test_a_ledger_accounts_for_adapters(work, tether):
     assert code == 2
     assert "--remove, --gate softmax with adapters: expected deltas" in err
     assert not (work / "refused").exists()
+
+
+def test_served_adapters_are_not_trained(work, tether):
+    assert tether(*LEARN, "--out", "digits.lora", "--budget", 0.2)[0] == 0
+    assert tether("fuse", "base", "digits.lora", "--out", "served")[0] == 0
+    code, _, err = tether("train", "served", "--text", "digits.jsonl", "--out", "trained", "--steps", 1)
+    assert code == 2
+    assert "fused deltas" in err
+    assert not (work / "trained").exists()

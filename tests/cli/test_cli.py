@@ -1,6 +1,7 @@
 """The command line as a user meets it: one message, the right exit code, earlier results untouched."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -191,3 +192,63 @@ def test_help_and_version_need_no_heavy_import():
 def test_json_has_no_infinity(capsys):
     emit({"a": [float("inf"), 1.5], "b": {"c": float("nan")}, "d": (2, "x")}, True, "")
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}, "d": [2, "x"]}
+
+
+def test_certify_writes_over_certificates_only(learnt, tether, monkeypatch, tmp_path):
+    shutil.copytree(learnt, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    command = ("certify", "base", "fused", "--text", "general.jsonl", "--continuations", 0, "--out")
+    for victim in ("general.jsonl", "digits.delta"):
+        before = (tmp_path / "copy" / victim).read_bytes()
+        code, _, err = tether(*command, victim)
+        assert code == 2
+        assert "exists already" in err
+        assert (tmp_path / "copy" / victim).read_bytes() == before
+    assert tether(*command, "again.json")[0] == 0
+    assert tether(*command, "again.json")[0] == 0
+
+
+def test_what_the_system_refuses_is_one_message(learnt, tether, monkeypatch):
+    monkeypatch.chdir(learnt)
+    code, _, err = tether("fuse", "base", "digits.delta", "--out", "x" * 300)
+    assert code == 2
+    assert "choose another name or place" in err
+    code, _, err = tether("generate", "fused", "hi", "--temperature", 1, "--seed", 10**22)
+    assert code == 2
+    assert "seed=1" in err
+
+
+def test_numbers_are_read_only_when_asked(work, tether, tmp_path):
+    """A base with spare rows could take numbers in; that would change what it reads."""
+    backbone = tiny.backbone("qwen2")
+    backbone.resize_token_embeddings(264)
+    backbone.save_pretrained(tmp_path / "spare")
+    tiny.tokenizer().save_pretrained(tmp_path / "spare")
+    for numbers in (False, True):
+        out = tmp_path / f"converted-{numbers}"
+        code, said, err = tether(
+            "convert", tmp_path / "spare", "--out", out, "--json", *["--numbers"] * numbers
+        )
+        assert code == 0, err
+        assert (json.loads(said)["num_token_id"] is not None) == numbers
+    prompt = ("Q: 12 + 30 = 42. 5 + 7 =", "--new-tokens", 6)
+    plain, same = (tether("generate", tmp_path / name, *prompt)[1] for name in ("spare", "converted-False"))
+    assert plain == same
+
+
+def test_documents_that_are_left_out_are_named(work, tether, monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(work)
+    write_documents(tmp_path / "mixed.jsonl", [*tiny.documents("digits", 24, 1), *["short one"] * 50])
+    command = (
+        "learn",
+        "base",
+        "--base-text",
+        "general.jsonl",
+        "--text",
+        tmp_path / "mixed.jsonl",
+        "--budget",
+        0.05,
+    )
+    code, _, err = tether(*command, "--out", tmp_path / "mixed.delta")
+    assert code == 0, err
+    assert "50 of 74 documents are shorter than 32 tokens and left out" in caplog.text

@@ -174,6 +174,7 @@ BAD = {
     "nowhere to write": ({}, [], "has no out; give --out FOLDER"),
     "a budget without a check": ({}, ["--out", "x", "--accept", "1"], "has no check to hold it against"),
     "a budget of nothing": ({"check": CHECK}, ["--out", "x", "--accept", "0"], "--accept 0.0"),
+    "a budget without end": ({"check": CHECK}, ["--out", "x", "--accept", "inf"], "--accept inf"),
     "an operator without lambda": (
         {"operator": "linear", "check": CHECK | {"accept": 1, "solve_lambda": True}},
         ["--out", "x"],
@@ -257,3 +258,11 @@ def test_other_commands_of_the_group(work, recipe, tether):
     assert code == 0
     assert "RECIPE.yaml" in out
     assert tether("run", recipe(out="named"), "--dry-run")[0] == 0
+
+
+def test_align_keeps_what_is_there(work, recipe, tether):
+    before = (work / "words.jsonl").read_bytes()
+    code, _, err = tether("align", "a", "b", "--text", "words.jsonl", "--out", "words.jsonl")
+    assert code == 2
+    assert "exists already" in err
+    assert (work / "words.jsonl").read_bytes() == before

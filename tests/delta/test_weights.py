@@ -12,6 +12,7 @@ from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.problem import Problem
+from tether.delta.solver import minimise_loss
 from tether.delta.source import reference, spread
 from tether.delta.training import Fit
 from tether.delta.weights import optimise_weights, weigh_texts
@@ -84,6 +85,33 @@ def test_the_followed_loss_is_the_loss(model, learnt, caches, base):
     # And beside the point of expansion, to first order.
     near = float(made.loss(torch.tensor([0.52, 0.38], dtype=torch.float64)))
     assert near - followed == pytest.approx(np.mean(made.losses(np.array([0.52, 0.38]))) - exact, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", [1, 11, 21])
+def test_equal_weights_are_left_for_better_ones_also_where_little_is_to_be_had(model, caches, base, seed):
+    """Against a dense search on the same problem; gradients are far below a nat."""
+    deltas = [noise(model, name, seed + number, 1 / 64) for number, name in enumerate("ab")]
+    texts = [caches["digits"], caches["words"]]
+    limit = 1e-4
+    made = problem(model, deltas, base, Budget(value=limit), domains=texts)
+    made.linearise(np.ones(2))
+
+    def loss(weights):
+        return float(made.loss(torch.tensor(weights)))
+
+    def reached(direction):
+        least, most = 0.0, 2.0 / direction.max()
+        for _ in range(40):
+            middle = (least + most) / 2
+            fits = float(made.surrogate(torch.tensor(middle * direction))) <= limit
+            least, most = (middle, most) if fits else (least, middle)
+        return min(loss(share * least * direction) for share in np.linspace(0, 1, 41))
+
+    angles = np.linspace(0, np.pi / 2, 91)
+    best = min(reached(np.array([np.cos(angle), np.sin(angle)])) for angle in angles)
+    found = minimise_loss(made, limit, 2.0, np.ones(2))
+    assert float(made.surrogate(torch.tensor(found))) <= limit * (1 + 1e-9)
+    assert loss(found) <= best + 0.02 * (loss(np.zeros(2)) - best)
 
 
 @pytest.mark.parametrize("metric", ["softmax", "latent"])

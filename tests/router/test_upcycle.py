@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(folders, tmp_pa
     base, out = folders / "qwen3-0", tmp_path / "moe"
     with pytest.raises(CheckpointError, match=r"\(32, 40\), the base \(32, 48\)"):
         upcycle(base, [tmp_path / "other"], out)
+    with pytest.raises(CheckpointError, match="do not have the same tensors, such as"):
+        upcycle(folders / "llama-0", [folders / "qwen2-1"], out)
     with pytest.raises(ConfigError, match="model type 'qwen2'"):
         upcycle(folders / "qwen2-0", [folders / "qwen2-1"], out)
     with pytest.raises(ConfigError, match="top_k=4"):

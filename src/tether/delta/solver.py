@@ -53,7 +53,7 @@ def minimise_loss(
             method="SLSQP",
             bounds=[(0.0, most)] * len(start),
             constraints={"type": "ineq", "fun": lambda w: inside(w)[0], "jac": lambda w: inside(w)[1]},
-            options={"maxiter": 50, "ftol": 1e-10},
+            options={"maxiter": 50, "ftol": 1e-8},
         )
         # SLSQP may end a little outside; the ray through it is what counts.
         weights = _inside(problem, np.clip(found.x, 0, most), limit)
