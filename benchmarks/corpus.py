@@ -64,11 +64,14 @@ class Corpus:
         # Of the third part little is read: it only repeats what was measured on the second.
         return [piece for block in blocks for piece in block], self.tokens // (6 if third == 2 else 2)
 
-    def cache(self, name: str, layers: Sequence[int] = ()) -> StateCache:
-        """Read a text once."""
+    def cache(self, name: str, layers: Sequence[int] = (), *, length: int = 256) -> StateCache:
+        """Read a text once, in windows of some length."""
         texts, tokens = self.documents(name)
         return cached(
-            self.model, window_text(texts, self.tokenizer, tokens=tokens), self.folder, layers=layers
+            self.model,
+            window_text(texts, self.tokenizer, tokens=tokens, length=length),
+            self.folder,
+            layers=layers,
         )
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ KINDS = {"bible": 3, "code": 4, "tables": 3}
 """Kinds that each corpus is split into: ten domains."""
 LIMIT = 0.01
 TOKENS = 512
+LONG = 1024
 
 
 def rows(*, fast: bool) -> Iterator[Row]:
@@ -50,6 +51,10 @@ def rows(*, fast: bool) -> Iterator[Row]:
         yield from _cases(
             "three domains", folder, corpus.model, anchor, texts, general, ("one-class", "softmax")
         )
+        # Most windows above begin within a document, without what came before; served texts do not.
+        long = {name: (text, corpus.cache(f"{name}-test", length=LONG)) for name, (text, _) in texts.items()}
+        title = f"three domains, windows of {LONG} tokens"
+        yield from _cases(title, folder, corpus.model, anchor, long, general, ("one-class",))
         if not fast:
             parts = _split(texts)
             title = f"{len(parts)} domains"

@@ -380,6 +380,10 @@ def test_what_cannot_be_served(model, adapter):
         serve(serve(model, {adapter: 1.0}), {adapter: 1.0})
     with pytest.raises(ConfigError, match="one beam"):
         serve(model, {adapter: 1.0}, gated=False).generate(torch.ones(1, 4, dtype=torch.int64), num_beams=2)
+    with pytest.raises(ConfigError, match="growing cache of its own"):
+        serve(model, {adapter: 1.0}, gated=False).generate(
+            torch.ones(1, 4, dtype=torch.int64), cache_implementation="static"
+        )
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,15 @@ def test_damaged_or_foreign_files_are_refused(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match="expected cached states"):
         load_states(tmp_path / "model" / "model.safetensors")
+
+
+def test_a_damaged_cache_is_computed_again(model, tokenizer, tmp_path, caplog):
+    windows = window_text(tiny.documents("words", 6), tokenizer, length=48)
+    first = cached(model, windows, tmp_path).states[:].clone()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:500])
+    assert torch.equal(cached(model, windows, tmp_path).states[:], first)
+    assert "damaged and is computed again" in caplog.text
+    caplog.clear()
+    assert torch.equal(cached(model, windows, tmp_path).states[:], first)
+    assert not caplog.text

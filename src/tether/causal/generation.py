@@ -153,6 +153,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         beams, returns = option("num_beams") or 1, option("num_return_sequences") or 1
         self._check_beams(beams, mode, option("suppress_tokens") or [])
         self._check_memory({name: kwargs.get(name) or option(name) for name in REPLAYING}, kwargs)
+        self._check_caches(option("cache_implementation"))
         if mode != "softmax":
             kwargs = {"do_sample": False} | kwargs | {"mode": mode}
         if option("do_sample") and option("top_k") is None:
@@ -208,6 +209,12 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 "tokens back; leave them out"
             )
         self._check_gates_know(kwargs.get("past_key_values"), kwargs.get("gate_state"))
+
+    def _check_caches(self, kind: str | None) -> None:
+        if kind not in (None, "dynamic") and (self.config.fusion or {}).get("kind") == "adapters":
+            raise ConfigError(
+                f"cache_implementation={kind!r} with adapters: each has a growing cache of its own; leave it out"
+            )
 
     def _check_gates_know(self, cache: Any, gate_state: Tensor | None) -> None:
         if self.fusion is None or not self.fusion.gated or cache is None or gate_state is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = [
     "load_states",
     "text_inputs",
 ]
+
+logger = logging.getLogger(__name__)
 
 BATCH = 8
 
@@ -328,7 +331,10 @@ def cached(
     name = f"states-{digest.hexdigest()[:16]}"
     path, parts = folder / f"{name}.safetensors", folder / name
     if path.is_file():
-        return load_states(path)
+        try:
+            return load_states(path)
+        except CheckpointError:
+            logger.warning("%s is damaged and is computed again", path)
     if parts.is_dir() or len(windows.input_ids) > PART_TOKENS or together() > 1:
         return load_shards(cache_shards(model, windows, parts, layers=layers, on_step=on_step))
     return cache_states(model, windows, path, layers=layers, on_step=on_step)
