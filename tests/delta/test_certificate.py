@@ -253,6 +253,21 @@ def test_a_certificate_with_fields_of_its_own_is_refused(copy):
     (copy / "cert.json").write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
     with pytest.raises(CertificateError, match=r"model: unknown fields \['extra'\]"):
         verify(copy / "cert.json")
+    content["model"] = {key: value for key, value in content["model"].items() if key != "extra"} | {
+        "dtype": "nn"
+    }
+    (copy / "cert.json").write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
+    with pytest.raises(CertificateError, match=r"model\.dtype: 'nn', expected one of float32"):
+        verify(copy / "cert.json")
+
+
+def test_a_certificate_in_half_precision_is_verified_in_it(copy):
+    fused = CausalQwenForCausalLM.from_pretrained(copy / "fused", dtype=torch.bfloat16)
+    base = unfuse(fused)[0]
+    certificate = certify(base, fused, tiny.tokenizer(), copy / "words.jsonl", window=48)
+    path = certificate.save(copy / "half.json")
+    assert read(path).model["dtype"] == "bfloat16"
+    assert verify(path) == []
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"schema_version": 99}', "\x00\x01"])

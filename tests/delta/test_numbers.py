@@ -139,6 +139,7 @@ def test_a_certificate_holds_with_numbers_that_the_model_wrote(numeric, delta, t
         for t, token in enumerate(ids)
         if t >= 32 and token == numeric.config.num_token_id
     )
-    written["values"][row][place] += 1 + abs(written["values"][row][place])
+    # Little enough to change no draw after it.
+    written["values"][row][place] += 0.03 * (1 + abs(written["values"][row][place]))
     path.write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
-    assert any("continuations" in line for line in verify(path))
+    assert verify(path) == ["digits.continuations: 1 tokens are not what the model writes"]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tether.causal.config import PRESETS, CausalQwenConfig
+from tether.causal.fingerprint import note_weights, weights_fingerprint
 from tether.causal.layers import Abduction, Action, NumericEmbedding
 from tether.errors import ConfigError
 
@@ -62,7 +63,6 @@ def wrap_backbone(
     Raises:
         ConfigError: unknown preset or override, or a model without input embeddings and an output head.
     """
-    from tether.causal.fingerprint import note_weights, weights_fingerprint
     from tether.causal.loading import load_backbone
 
     if preset not in PRESETS:

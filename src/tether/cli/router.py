@@ -108,7 +108,8 @@ def _deltas(
     cut = max(1, round(0.6 * len(general)))
     pieces = [*(read_documents(path) for path in texts), general[:cut], general[cut:]]
     base, tokenizer = load(model)
-    windows = [window_text(piece, reader(base, tokenizer), tokens=limit) for piece in pieces]
+    tokenizer = reader(base, tokenizer)
+    windows = [window_text(piece, tokenizer, tokens=limit) for piece in pieces]
     with reporter() as report, tempfile.TemporaryDirectory(prefix="tether-") as folder:
         names = [*(delta.name for delta in deltas), "base text", "held-out base text"]
         caches = [

@@ -264,7 +264,8 @@ def _recompute(certificate: Certificate, folder: Path, on_step: Any) -> list[str
     from tether.causal.loading import load
 
     # Figures of the same checkpoint in another dtype are others.
-    dtype = getattr(torch, certificate.model.get("dtype", ""), None)
+    stated_dtype = certificate.model.get("dtype")
+    dtype = getattr(torch, stated_dtype) if stated_dtype else None
     fused, tokenizer = load(str(folder / certificate.model["path"]), dtype=dtype)
     if fused.fusion is None or fused.config.base_fingerprint != certificate.model["base_fingerprint"]:
         raise CheckpointError(

@@ -79,8 +79,9 @@ def gather(
         f"the base text's part for the fit ({1 - HELD_OUT:.0%} of it)": first,
         f"the base text's part to meet the budget on ({HELD_OUT:.0%} of it)": second,
     }
+    tokenizer = reader(model, tokenizer)
     domain, fitted, held_out = (
-        window_text(part, reader(model, tokenizer), length=window, tokens=tokens, name=called)
+        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
         for called, part in parts.items()
     )
     if gate:

@@ -14,6 +14,7 @@ from tether.store.publish import write_json
 
 __all__ = [
     "CLAIMS",
+    "DTYPES",
     "SCHEMA_VERSION",
     "Certificate",
     "Settings",
@@ -26,6 +27,8 @@ SCHEMA_VERSION = 5
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
 5: the dtype; in half precision figures count how what is served is rounded."""
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""In which a model may have been measured."""
 CLAIMS = (
     "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
     "where a confidence is given.",
@@ -217,6 +220,10 @@ def check_fields(certificate: Certificate) -> None:
         (f"texts.{name}", text, {"path": str, "sha256": str, "documents": str})
         for name, text in certificate.texts.items()
     ]
+    if certificate.schema_version >= 5 and certificate.model.get("dtype") not in DTYPES:
+        raise CertificateError(
+            f"model.dtype: {certificate.model.get('dtype')!r}, expected one of {', '.join(DTYPES)}"
+        )
     for where, part, fields in parts:
         for key, kind in fields.items():
             if not isinstance(part.get(key), kind):

@@ -251,8 +251,9 @@ def weigh_texts(
     read = {n: read_documents(t) if isinstance(t, str | Path) else list(t) for n, t in named.items()}
     layers = sorted({layer for delta in deltas for layer in delta.layers})
     limits = {name: tokens and tokens * (1 if name in texts else 3) for name in read}
+    tokenizer = reader(model, tokenizer)
     windows = {
-        name: window_text(documents, reader(model, tokenizer), length=window, tokens=limits[name], name=name)
+        name: window_text(documents, tokenizer, length=window, tokens=limits[name], name=name)
         for name, documents in read.items()
     }
     _check_base(windows["the base text"])
