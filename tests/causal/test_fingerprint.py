@@ -39,19 +39,22 @@ def test_a_model_trained_by_hand_is_another_base(tmp_path, source):
     delta, before = made(model), fingerprint(model)
     cached(model, windows, tmp_path / "states")
     step(model)
-    for use in (lambda: cached(model, windows, tmp_path / "states"), lambda: fuse(model, {delta: 1.0})):
+    for use in (
+        lambda: cached(model, windows, tmp_path / "states"),
+        lambda: fuse(model, {delta: 1.0}, by="sum"),
+    ):
         with pytest.raises(CheckpointError, match="have changed since"):
             use()
     save_checkpoint(model, tiny.tokenizer(), tmp_path / "after")
     again, _ = load(str(tmp_path / "after"))
     assert fingerprint(again) != before
     with pytest.raises(CheckpointError, match="was learnt on base"):
-        fuse(again, {delta: 1.0})
+        fuse(again, {delta: 1.0}, by="sum")
 
 
 def test_what_only_reads_changes_nothing(tmp_path):
     model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
-    fused = fuse(model, {made(model): 1.0})
+    fused = fuse(model, {made(model): 1.0}, by="sum")
     fused(input_ids=torch.arange(8)[None])
     fused.to(torch.float64).to(torch.float32)
     assert not is_changed(fused)
@@ -60,7 +63,7 @@ def test_what_only_reads_changes_nothing(tmp_path):
 
 def test_a_fused_model_is_not_written_with_another_backbone(tmp_path):
     model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
-    fused = fuse(model, {made(model): 1.0})
+    fused = fuse(model, {made(model): 1.0}, by="sum")
     step(fused)
     with pytest.raises(CheckpointError, match="since the deltas were fused"):
         save_checkpoint(fused, tiny.tokenizer(), tmp_path / "fused")
@@ -71,6 +74,6 @@ def test_models_made_from_a_config_have_fingerprints_of_their_own():
     config = tiny.backbone().config
     one, other = (CausalQwenForCausalLM(CausalQwenConfig(backbone_config=config)) for _ in range(2))
     assert fingerprint(one) != fingerprint(other)
-    assert fuse(one, {made(one): 1.0}).fusion.domains == ["a"]
+    assert fuse(one, {made(one): 1.0}, by="sum").fusion.domains == ["a"]
     with pytest.raises(CheckpointError, match="was learnt on base"):
-        fuse(other, {made(one): 1.0})
+        fuse(other, {made(one): 1.0}, by="sum")

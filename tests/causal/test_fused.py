@@ -71,24 +71,24 @@ def test_the_symmetric_chart_is_one_static_sum_of_weights(model, ids):
         base=deltas[0].base,
         record={},
     )
-    many = law(fuse(model, dict(zip(deltas, weights, strict=True)), gated=False), ids)
-    one = law(fuse(model, {static: 1.0}), ids)
+    many = law(fuse(model, dict(zip(deltas, weights, strict=True)), gated=False, by="sum"), ids)
+    one = law(fuse(model, {static: 1.0}, by="sum"), ids)
     assert_close(many, one, rtol=1e-5, atol=1e-6)
 
 
 def test_where_all_gates_are_closed_the_base_is_untouched_bit_for_bit(model, ids):
     delta = random_delta(model, "a", 1)
     shut = Delta(**{**delta.__dict__, "gate": delta.gate._replace(threshold=torch.full((4,), -1.0))})
-    fused = fuse(model, {shut: 1.0})
+    fused = fuse(model, {shut: 1.0}, by="sum")
     with torch.no_grad():
         assert torch.equal(fused(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_gates_decide_token_by_token(model, ids):
-    fused = fuse(model, {random_delta(model, "a", 1): 1.0, random_delta(model, "b", 2): 1.0})
+    fused = fuse(model, {random_delta(model, "a", 1): 1.0, random_delta(model, "b", 2): 1.0}, by="sum")
     with torch.no_grad():
         gates = fused(input_ids=ids).gates
-        always = law(fuse(model, {random_delta(model, "a", 1): 1.0}, gated=False), ids)[0]
+        always = law(fuse(model, {random_delta(model, "a", 1): 1.0}, gated=False, by="sum"), ids)[0]
         only_a = (gates[0] == 1) & (gates[1] == 0)
         assert 0 < only_a.sum() < only_a.numel()
         assert_close(law(fused, ids)[0][only_a], always[only_a])
@@ -97,7 +97,9 @@ def test_gates_decide_token_by_token(model, ids):
 @pytest.mark.parametrize("mode", ["softmax", "deterministic"])
 def test_generation_with_gates_does_not_depend_on_cache_padding_or_batch(model, ids, mode):
     fused = fuse(
-        model, {random_delta(model, "a", 1, size=3.0): 1.0, random_delta(model, "b", 2, size=3.0): 1.0}
+        model,
+        {random_delta(model, "a", 1, size=3.0): 1.0, random_delta(model, "b", 2, size=3.0): 1.0},
+        by="sum",
     )
     options = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 257, "mode": mode}
     short = ids[1:2, 8:]
@@ -118,8 +120,10 @@ def test_generation_with_gates_does_not_depend_on_cache_padding_or_batch(model, 
 def test_beams_are_refused_only_with_gates(model, ids):
     delta = random_delta(model, "a", 1)
     with pytest.raises(ConfigError, match="num_beams=1"):
-        fuse(model, {delta: 1.0}).generate(ids, num_beams=2, max_new_tokens=2)
-    fuse(model, {delta: 1.0}, gated=False).generate(ids, num_beams=2, max_new_tokens=2, pad_token_id=257)
+        fuse(model, {delta: 1.0}, by="sum").generate(ids, num_beams=2, max_new_tokens=2)
+    fuse(model, {delta: 1.0}, gated=False, by="sum").generate(
+        ids, num_beams=2, max_new_tokens=2, pad_token_id=257
+    )
 
 
 def test_a_description_that_does_not_fit_is_refused():

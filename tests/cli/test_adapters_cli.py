@@ -27,6 +27,9 @@ def test_the_commands_in_a_row(work, tether):
     record = json.loads(out)
     assert record["adapter"] == "lora"
     assert 0 < record["drift_base"] <= 0.2
+    assert record["held_out"]["nll_after"] < record["held_out"]["nll_before"]
+    assert len(record["sample"]) == record["held_out"]["documents"]
+    assert record["strengths"] == [1.0]
     assert sorted(path.name for path in (work / "digits.lora").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "tether.json",
     ]  # fmt: skip

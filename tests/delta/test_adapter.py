@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -15,9 +16,12 @@ from tether.delta.adapter_learning import fit_adapter, learn_adapter
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
 from tether.delta.adapter_training import AdapterFit
 from tether.delta.budget import Budget
+from tether.delta.cache import cache_states
 from tether.delta.certificate import certify, verify
+from tether.delta.held_out import hold_out
 from tether.delta.measure import Variant, measure
 from tether.delta.objective import output_fisher
+from tether.delta.outcome import NO_HELP
 from tether.delta.source import reference
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
@@ -412,6 +416,72 @@ def test_from_text_to_adapter(model, tokenizer, tmp_path):
     assert {"step", "steps", "nll", "drift", "multiplier"} <= steps[-1].keys()
     with pytest.raises(ConfigError, match="the domain text gives 90 tokens"):
         learn_adapter(model, tokenizer, ["a" * 90], base_texts=["b" * 90])
+
+
+def test_an_adapters_figures_are_those_of_the_adapter_as_it_is_saved(model, caches, adapter):
+    cache, found = caches["digits"], adapter.record["held_out"]
+    kept = hold_out(cache.windows, 0.15)
+    before, after = nll(model, adapter, cache.only(kept.away))
+    assert (found["documents"], found["kind"]) == (len(kept.away), "documents")
+    assert found["tokens"] == len(cache.only(kept.away).scored()[1])
+    assert found["nll_before"] == pytest.approx(before, rel=1e-5)
+    assert found["nll_after"] == pytest.approx(after, rel=1e-4)
+    assert found["standard_error"] > 0
+    base = adapter.record["base_text"]
+    kl = float(all_drifts(model, adapter, caches["words-held-out"]).mean())
+    assert base["softmax_kl"] == pytest.approx(kl, rel=1e-3)
+    assert base["softmax_kl"] == pytest.approx(adapter.record["drift_base"], rel=1e-3)
+    losses = nll(model, adapter, caches["words-held-out"])
+    assert (base["nll_before"], base["nll_after"]) == pytest.approx(losses, rel=1e-4)
+    assert adapter.record["budget_why"] == "The budget is used up."
+    assert (adapter.strengths, adapter.record["warnings"]) == ((1.0,), [])
+
+
+def test_what_is_kept_aside_has_no_influence_on_an_adapter(model, caches, tokenizer, tmp_path):
+    documents = tiny.documents("digits", 40, 1)
+    away = hold_out(caches["digits"].windows, 0.15).away.tolist()
+    learnt = []
+    for name, number in (("outside", away[0]), ("inside", next(n for n in range(40) if n not in away))):
+        text = list(documents)
+        text[number] = tiny.documents("digits", 1, 77)[0]
+        cache = cache_states(model, window_text(text, tokenizer, length=64), tmp_path / name)
+        learnt.append(fit(model, caches | {"digits": cache}, epochs=1))
+    plain = fit(model, caches, epochs=1)
+    same = [
+        all(torch.equal(values, other.tensors[name]) for name, values in plain.tensors.items())
+        for other in learnt
+    ]
+    assert same == [True, False]
+    assert torch.equal(plain.gate.center, learnt[0].gate.center)
+    assert not torch.equal(plain.gate.center, learnt[1].gate.center)
+
+
+def test_an_adapter_carries_a_sample_unless_it_shall_not(model, tokenizer, tmp_path):
+    documents = tiny.documents("digits", 12)
+    options = {"base_texts": tiny.documents("words", 12), "window": 64, "cache_folder": tmp_path / "cache"}
+    learnt = learn_adapter(model, tokenizer, documents, **options, fit=AdapterFit(gate=False))
+    assert len(learnt.sample) == learnt.record["held_out"]["documents"] >= 2
+    assert set(learnt.sample) <= set(documents)
+    learnt.save(tmp_path / "a.lora")
+    again = Adapter.load(tmp_path / "a.lora")
+    assert (again.sample, again.strengths) == (learnt.sample, (1.0,))
+    manifest = json.loads((tmp_path / "a.lora" / "tether.json").read_text())
+    manifest["recipe"]["sample"] = ["a"] * 17
+    (tmp_path / "a.lora" / "tether.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"a\.lora: damaged, its sample is above 16 texts"):
+        Adapter.load(tmp_path / "a.lora")
+    private = learn_adapter(model, tokenizer, documents, **options, sample=False, fit=AdapterFit(gate=False))
+    assert private.sample == ()
+
+
+def test_an_adapter_that_does_not_help_says_so(model, caches, tokenizer, tmp_path):
+    documents = tiny.documents("digits", 40, 1)
+    for number in hold_out(caches["digits"].windows, 0.15).away.tolist():
+        documents[number] = "#~" * (len(documents[number]) // 2)
+    cache = cache_states(model, window_text(documents, tokenizer, length=64), tmp_path / "states")
+    learnt = fit(model, caches | {"digits": cache}, budget=None, gate=False, epochs=6, lr=2e-2)
+    assert learnt.record["held_out"]["change"] > 0
+    assert learnt.record["warnings"] == [NO_HELP]
 
 
 def test_other_architectures(caches, tokenizer, tmp_path):

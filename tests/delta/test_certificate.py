@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         base=model.config.base_fingerprint,
         record={"budget": 0.1, "metric": "softmax", "latent_base": 0.4},
     )
-    fused = fuse(model, {delta: 1.0})
+    fused = fuse(model, {delta: 1.0}, by="sum")
     save_checkpoint(fused, tiny.tokenizer(), folder / "fused")
     texts = {"words": folder / "words.jsonl", "digits": folder / "digits.jsonl"}
     for kind, path in texts.items():

@@ -55,7 +55,7 @@ def fused(model):
         gate=None,
         base=model.config.base_fingerprint,
     )
-    return fuse(model, {delta: 1.0})
+    return fuse(model, {delta: 1.0}, by="sum")
 
 
 @pytest.mark.parametrize("metric", ["softmax_kl", pytest.param("latent_drift", marks=pytest.mark.slow)])

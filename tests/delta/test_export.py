@@ -210,7 +210,7 @@ def test_what_is_not_a_static_map_is_refused_with_every_reason(tokenizer, tmp_pa
     symmetric = delta(model, "s", chart="symmetric")
     curved = delta(model, "c", chart="geodesic")
     linear = delta(model, "l")
-    refused(fuse(model, {symmetric: 1.0, curved: 1.0}), "'s'", "w exp(x/2)", "'c'", "curved")
+    refused(fuse(model, {symmetric: 1.0, curved: 1.0}, by="sum"), "'s'", "w exp(x/2)", "'c'", "curved")
     refused(fuse(model, {linear: 0.5}, chart="symmetric"), "'l'", "--chart linear")
     refused(fuse(model, {linear: 0.5}, chart="geodesic"), "does not add moves of the location")
     torch.nn.init.normal_(model.abduction.log_scale.weight)

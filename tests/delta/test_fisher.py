@@ -76,7 +76,7 @@ def test_deltas_are_learnt_in_the_aligned_latent_and_fit_no_other(model, aligned
     fit = Fit(budget=Budget(value=0.02), location_only=True, **options)
     delta = fit_delta(target, caches["digits"], anchor, "digits", fit)
     assert 0.95 * 0.02 <= delta.record["drift_base"] <= 0.02
-    fused = fuse(target, {delta: 1.0}, gated=False)
+    fused = fuse(target, {delta: 1.0}, gated=False, by="sum")
     ids = caches["digits"].windows.input_ids[:60][None]
     with torch.no_grad():
         losses = [
@@ -85,7 +85,7 @@ def test_deltas_are_learnt_in_the_aligned_latent_and_fit_no_other(model, aligned
         ]
     assert losses[1] < losses[0] - 0.1
     with pytest.raises(CheckpointError, match="learnt on base"):
-        fuse(model, {delta: 1.0})
+        fuse(model, {delta: 1.0}, by="sum")
 
 
 def test_what_cannot_be_aligned(model, aligned, caches):

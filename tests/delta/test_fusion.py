@@ -72,38 +72,38 @@ def test_damaged_and_foreign_delta_files(model, tmp_path):
 def test_what_cannot_be_fused_is_named(model):
     a, b = make(model, "a", 1), make(model, "b", 2)
     with pytest.raises(ConfigError, match="at least one delta"):
-        fuse(model, {})
+        fuse(model, {}, by="sum")
     with pytest.raises(ConfigError, match="linear, symmetric"):
         fuse(model, {a: 1.0}, chart="linaer")
     for weight in (math.nan, math.inf):
         with pytest.raises(ConfigError, match="finite"):
-            fuse(model, {a: 1.0, b: weight})
+            fuse(model, {a: 1.0, b: weight}, by="sum")
     with pytest.raises(ConfigError, match="distinct names"):
-        fuse(model, {a: 1.0, make(model, "a", 3): 1.0})
+        fuse(model, {a: 1.0, make(model, "a", 3): 1.0}, by="sum")
     with pytest.raises(CheckpointError, match="'x'"):
-        fuse(model, {a: 1.0, make(model, "x", base="sha256:" + "0" * 64): 1.0})
+        fuse(model, {a: 1.0, make(model, "x", base="sha256:" + "0" * 64): 1.0}, by="sum")
     with pytest.raises(ConfigError, match="no gate"):
-        fuse(model, {a: 1.0, make(model, "c", gate=False): 1.0}, gated=True)
+        fuse(model, {a: 1.0, make(model, "c", gate=False): 1.0}, gated=True, by="sum")
     with pytest.raises(ConfigError, match="fused already"):
-        fuse(fuse(model, {a: 1.0}), {b: 1.0})
+        fuse(fuse(model, {a: 1.0}, by="sum"), {b: 1.0}, by="sum")
     with pytest.raises(ConfigError, match="same gate window"):
-        fuse(model, {a: 1.0, make(model, "c", window=8): 1.0})
+        fuse(model, {a: 1.0, make(model, "c", window=8): 1.0}, by="sum")
 
 
 def test_weights_are_shared_with_the_base_and_the_base_is_untouched(model):
-    fused = fuse(model, {make(model): 2.0})
+    fused = fuse(model, {make(model): 2.0}, by="sum")
     assert fused.backbone is model.backbone
     assert fused.action is model.action
     assert model.fusion is None
     assert model.config.fusion is None
-    assert fuse(model, {make(model, gate=False): 1.0}).fusion.gated is False
+    assert fuse(model, {make(model, gate=False): 1.0}, by="sum").fusion.gated is False
 
 
 def test_gates_of_different_rank_live_together(model, generator):
     narrow, wide = make(model, "a", 1, rank=2), make(model, "b", 2, rank=5)
     ids = torch.randint(256, (2, 12), generator=generator)
-    both = fuse(model, {narrow: 1.0, wide: 1.0})(input_ids=ids).gates
-    alone = [fuse(model, {delta: 1.0})(input_ids=ids).gates[0] for delta in (narrow, wide)]
+    both = fuse(model, {narrow: 1.0, wide: 1.0}, by="sum")(input_ids=ids).gates
+    alone = [fuse(model, {delta: 1.0}, by="sum")(input_ids=ids).gates[0] for delta in (narrow, wide)]
     assert torch.equal(both, torch.stack(alone))
 
 
@@ -136,7 +136,7 @@ def test_a_delta_of_another_width_is_refused():
     delta = make(wide)
     cut = Delta(**{**delta.__dict__, "second": delta.second[:, :16], "first": delta.first[:, :16]})
     with pytest.raises(CheckpointError, match=r"\(32, 16\)"):
-        fuse(wide, {cut: 1.0})
+        fuse(wide, {cut: 1.0}, by="sum")
 
 
 def test_a_full_disk_gives_one_message_and_leaves_earlier_results(model, tokenizer, tmp_path):
@@ -160,11 +160,11 @@ def test_a_delta_of_another_latent_is_refused(model):
 
     delta = make(model)
     known = Delta(**{**delta.__dict__, "record": delta.record | {"latent": latent_print(model)}})
-    fuse(model, {known: 1.0})
+    fuse(model, {known: 1.0}, by="sum")
     paper = CausalQwenForCausalLM.from_backbone(tiny.backbone(), preset="paper")
     assert paper.config.base_fingerprint == model.config.base_fingerprint
     with pytest.raises(CheckpointError, match="another latent"):
-        fuse(paper, {known: 1.0})
+        fuse(paper, {known: 1.0}, by="sum")
 
 
 def test_a_fusion_of_a_half_precision_base_is_kept_and_taken_apart_bit_for_bit(tmp_path):
@@ -174,7 +174,7 @@ def test_a_fusion_of_a_half_precision_base_is_kept_and_taken_apart_bit_for_bit(t
     tiny.backbone().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     base = CausalQwenForCausalLM.from_backbone(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
     deltas = {make(base, name, seed): weight for name, seed, weight in (("a", 1, 1.0), ("b", 2, 0.5))}
-    fused = fuse(base, deltas)
+    fused = fuse(base, deltas, by="sum")
     save_checkpoint(fused, tiny.tokenizer(), tmp_path / "both")
     again, _ = load(str(tmp_path / "both"))
     assert again.backbone.dtype == torch.bfloat16
@@ -182,8 +182,8 @@ def test_a_fusion_of_a_half_precision_base_is_kept_and_taken_apart_bit_for_bit(t
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, fused(input_ids=ids).logits)
     own, parts = unfuse(again)
-    left = fuse(own, {delta: weight for delta, weight in parts.items() if delta.name != "a"})
-    wanted = fuse(base, {delta: weight for delta, weight in deltas.items() if delta.name != "a"})
+    left = fuse(own, {delta: weight for delta, weight in parts.items() if delta.name != "a"}, by="sum")
+    wanted = fuse(base, {delta: weight for delta, weight in deltas.items() if delta.name != "a"}, by="sum")
     for name, values in wanted.fusion.state_dict().items():
         assert torch.equal(left.fusion.state_dict()[name], values), name
 
@@ -198,7 +198,7 @@ def test_a_damaged_description_of_a_delta_is_refused(model, tmp_path, descriptio
 
 
 def test_gates_refuse_ways_to_write_that_take_tokens_back(model):
-    fused = fuse(model, {make(model): 1.0})
+    fused = fuse(model, {make(model): 1.0}, by="sum")
     ids = torch.arange(3, 23).view(1, 20)
     for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 8}, {"assistant_model": model}):
         with pytest.raises(ConfigError, match="take tokens back"):
@@ -212,7 +212,7 @@ def test_gates_refuse_ways_to_write_that_take_tokens_back(model):
     both = {"past_key_values": output.past_key_values, "gate_state": output.gate_state}
     whole = fused(input_ids=torch.cat([ids, ids[:, :1]], -1)).logits[:, -1:]
     assert_close(fused(input_ids=ids[:, :1], **both).logits, whole, rtol=1e-4, atol=1e-4)
-    plain = fuse(model, {make(model): 1.0}, gated=False)
+    plain = fuse(model, {make(model): 1.0}, gated=False, by="sum")
     assert plain.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=3).shape == (1, 22)
 
 
@@ -253,9 +253,9 @@ def test_a_damaged_delta_is_refused_by_name(model, tmp_path, damage):
         kept = {name: reader.tensor(name) for name in reader.names if name != gone}
         write_safetensors(tmp_path / "a.delta", kept, reader.metadata())
     with pytest.raises(CheckpointError, match=r"damaged"):
-        fuse(model, {Delta.load(tmp_path / "a.delta"): 1.0})
+        fuse(model, {Delta.load(tmp_path / "a.delta"): 1.0}, by="sum")
 
 
 def test_a_weight_that_32_bits_do_not_hold_is_refused(model):
     with pytest.raises(ConfigError, match="number of 32 bits"):
-        fuse(model, {make(model): 1e39})
+        fuse(model, {make(model): 1e39}, by="sum")

@@ -181,7 +181,7 @@ def test_removal_restores_the_fusion_without_it_bit_for_bit(model, tokenizer, tm
 
 def test_a_fusion_beyond_its_allowance_is_refused(model, tokenizer, deltas):
     text = tiny.documents("words", 6)
-    fused = fuse(model, deltas, gated=False)
+    fused = fuse(model, deltas, gated=False, by="sum")
     latent = keep_ledger(fused, tokenizer, text, window=48)["total"]["measured"]
     got = check_allowance(fused, tokenizer, text, Allowance(1.01 * latent, "latent"), window=48)
     assert got == pytest.approx(latent, rel=1e-5)

@@ -43,7 +43,11 @@ def test_measured_is_what_the_fused_model_does(model, case, chart, gated):
     windows, deltas = case
     fused = fuse(model, deltas, chart=chart, gated=gated)
     result = measure(
-        model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), chart, gated)], batch_size=3
+        model,
+        fuse(model, deltas, by="sum").fusion,
+        windows,
+        [Variant((1.0, 0.5), chart, gated)],
+        batch_size=3,
     )
     kl, nll, base_nll, drift = [], [], [], []
     for start, end in zip(windows.starts[:-1], windows.starts[1:], strict=True):
@@ -73,7 +77,7 @@ def test_measured_with_a_leash_is_what_the_leashed_model_does(model, case, chart
     windows, deltas = case
     fused = fuse(model, deltas, chart=chart, leash=nats, leash_metric=metric)
     variant = Variant((1.0, 0.5), chart, True, nats, metric)
-    result = measure(model, fuse(model, deltas).fusion, windows, [variant])
+    result = measure(model, fuse(model, deltas, by="sum").fusion, windows, [variant])
     kl, drift, nll = [], [], []
     for start, end in zip(windows.starts[:-1], windows.starts[1:], strict=True):
         ids = windows.input_ids[start:end][None]
@@ -97,13 +101,17 @@ def test_measured_with_a_leash_is_what_the_leashed_model_does(model, case, chart
 
 def test_the_bound_of_one_delta_alone_is_its_own_drift(model, case):
     windows, deltas = case
-    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.0), "symmetric", False)])
+    result = measure(
+        model, fuse(model, deltas, by="sum").fusion, windows, [Variant((1.0, 0.0), "symmetric", False)]
+    )
     assert_close(result.bound, result.latent_drift, rtol=1e-5, atol=1e-9)
 
 
 def test_where_gates_are_closed_nothing_is_measured_as_moved(model, case):
     windows, deltas = case
-    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), "symmetric", True)])
+    result = measure(
+        model, fuse(model, deltas, by="sum").fusion, windows, [Variant((1.0, 0.5), "symmetric", True)]
+    )
     closed = result.gates.sum(0) == 0
     assert 0 < int(closed.sum()) < len(closed)
     assert bool((result.softmax_kl[0][closed] == 0).all())
@@ -129,7 +137,9 @@ def test_softmax_shift_against_float64(scale, seed):
 
 def test_summary_counts_means_and_violations(model, case):
     windows, deltas = case
-    result = measure(model, fuse(model, deltas).fusion, windows, [Variant((1.0, 0.5), "linear", False)])
+    result = measure(
+        model, fuse(model, deltas, by="sum").fusion, windows, [Variant((1.0, 0.5), "linear", False)]
+    )
     figures = summarise(result, 0)
     assert figures["tokens"] == len(windows.input_ids)
     assert figures["documents"] == 8
@@ -174,7 +184,7 @@ def test_in_half_precision_rounding_of_what_is_served_counts(tokenizer):
         backbone.get_output_embeddings().weight.mul_(4)
     model = CausalQwenForCausalLM.from_backbone(backbone.bfloat16())
     windows = window_text(tiny.documents("words", 3), tokenizer, length=40)
-    fused = fuse(model, {delta(model, "a", 1, size=0.3): 1.0}, gated=False)
+    fused = fuse(model, {delta(model, "a", 1, size=0.3): 1.0}, gated=False, by="sum")
     result = measure(model, fused.fusion, windows, [Variant((1.0,), "symmetric", False)])
     kl = torch.zeros(len(windows.input_ids), dtype=torch.float64)
     for batch in windows.batches(3):

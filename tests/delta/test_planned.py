@@ -82,9 +82,11 @@ def test_a_fusion_carries_what_its_plan_needs():
             base=model.config.base_fingerprint,
         )
         # Its mean drift on the very text of the ledger is what it was allowed.
-        alone = keep_ledger(fuse(model, {made: 1.0}), tiny.tokenizer(), tiny.documents("words", 6))["total"]
+        alone = keep_ledger(fuse(model, {made: 1.0}, by="sum"), tiny.tokenizer(), tiny.documents("words", 6))[
+            "total"
+        ]
         deltas[Delta(**{**made.__dict__, "record": {"latent_base": alone["measured"]}})] = weight
-    fused = fuse(model, deltas)
+    fused = fuse(model, deltas, by="sum")
     figures = keep_ledger(fused, tiny.tokenizer(), tiny.documents("words", 6))
     total, planned = figures["total"], figures["budgets"]
     assert planned["measured"] == total["measured"] <= total["allowed"] <= planned["allowed"]

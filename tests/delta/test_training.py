@@ -235,7 +235,7 @@ def test_a_model_with_a_class_bias_learns_and_meets_its_budget(numeric):
     with torch.no_grad():
         before, after = (
             m(input_ids=ids).logits.log_softmax(-1)[0]
-            for m in (model, fuse(model, {delta: 1.0}, gated=False))
+            for m in (model, fuse(model, {delta: 1.0}, gated=False, by="sum"))
         )
     kl = (before.exp() * (before - after)).sum(-1)
     assert_close(found[:64], kl, rtol=2e-2, atol=1e-4)
@@ -244,7 +244,7 @@ def test_a_model_with_a_class_bias_learns_and_meets_its_budget(numeric):
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(m(input_ids=own).logits[0, :-1], own[0, 1:])
-            for m in (model, fuse(model, {delta: 1.0}, gated=False))
+            for m in (model, fuse(model, {delta: 1.0}, gated=False, by="sum"))
         ]
     assert float(losses[1]) < float(losses[0]) - 0.1
     assert len(targets) == 63
@@ -279,7 +279,7 @@ def test_deltas_on_middle_layers_learn_fuse_and_generate_what_was_measured(deep,
     assert 0.95 * 0.02 <= float(found.mean()) <= 0.02
     assert type(multi).load(multi.save(tmp_path / "a.delta").path).layers == layers
     # In the model's own forward pass, whole and token by token.
-    fused = fuse(model, {multi: 1.0}, gated=False)
+    fused = fuse(model, {multi: 1.0}, gated=False, by="sum")
     ids = caches["words-held-out"].windows.input_ids[:40][None]
     with torch.no_grad():
         base = model(input_ids=ids).logits.log_softmax(-1)
@@ -309,10 +309,10 @@ def test_deltas_of_different_features_fuse(deep):
     object.__setattr__(plain, "layers", ())
     object.__setattr__(plain, "first", multi.first[:, :32])
     object.__setattr__(plain, "second", multi.second[:, :32])
-    both = fuse(model, {multi: 0.5, plain: 1.0}).fusion
+    both = fuse(model, {multi: 0.5, plain: 1.0}, by="sum").fusion
     features = caches["digits"].states[:9].float()
     x, y = both.deltas(features)
-    alone = fuse(model, {plain: 1.0}).fusion.deltas(features[:, :32])
+    alone = fuse(model, {plain: 1.0}, by="sum").fusion.deltas(features[:, :32])
     assert_close(x[1], alone[0][0])
     assert_close(y[1], alone[1][0])
     cut = {name: cache._replace(layers=()) for name, cache in caches.items()}

@@ -151,7 +151,7 @@ def test_weights_spend_the_budget_where_it_helps(model, learnt, caches, base):
     losses = {name: sum(values.values()) for name, values in record["losses"].items()}
     assert losses["optimised"] < losses["equal"] - 0.1 < losses["base"]
     # The figures are those of the fused model, from its own logits.
-    fused = fuse(model, weights, gated=False)
+    fused = fuse(model, weights, gated=False, by="sum")
     ids = caches["digits"].windows.input_ids[:64][None]
     with torch.no_grad():
         own, base_loss = (
@@ -177,7 +177,7 @@ def test_a_quantile_is_met_and_certified_on_other_documents(model, learnt, cache
 
 def model_drift(model, weights, cache):
     ids = cache.windows
-    fused = fuse(model, weights, gated=False)
+    fused = fuse(model, weights, gated=False, by="sum")
     found = []
     with torch.no_grad():
         for batch in ids.batches(8):

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tether.causal.memory import attach
+from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise
 from tether.causal.posterior import Posterior, sample_posterior
+from tether.causal.walk import Reading
 from tether.errors import ConfigError, ShapeError
 
 __all__ = ["Abducted", "abduct", "replay"]
@@ -17,7 +20,7 @@ class Abducted(NamedTuple):
 
     Attributes:
         posterior: noise of S individuals at the N observed steps (or one for all, when shared), with the
-            sampler's diagnostics.
+            sampler's diagnostics; of a fusion by evidence also the numbers that decide who speaks.
         shared: whether one noise serves all steps.
         tokens: what was observed, shape (N,).
     """
@@ -36,13 +39,15 @@ class Abducted(NamedTuple):
         Returns:
             Noise of S individuals.
         """
-        drawn = self.posterior.noise
+        drawn, told = self.posterior.noise, self.posterior.speaker
         seeds = torch.arange(seed, seed + len(drawn))
         if self.shared:
-            return Noise(seeds=seeds, size=drawn.shape[-1], shared=True, known=drawn)
+            return Noise(seeds=seeds, size=drawn.shape[-1], shared=True, known=drawn, known_speaker=told)
         # Noise within the context decides nothing: those tokens are given.
         before = torch.full((len(drawn), context - 1, drawn.shape[-1]), 0.5, dtype=drawn.dtype)
-        return Noise(seeds=seeds, size=drawn.shape[-1], known=torch.cat([before, drawn.cpu()], dim=1))
+        known = torch.cat([before, drawn.cpu()], dim=1)
+        told = None if told is None else torch.cat([before[..., 0], told.cpu()], dim=1)
+        return Noise(seeds=seeds, size=drawn.shape[-1], known=known, known_speaker=told)
 
 
 @torch.no_grad()
@@ -96,8 +101,7 @@ def abduct(
     seen = tokens == (-1 if number is None else number)
     if bool(seen.any()) and values is None:
         raise ConfigError("the observed text holds <NUM> but numeric_values is missing: expected its numbers")
-    output = model(input_ids=ids, numeric_values=values, return_logits=False)
-    steps = slice(context - 1, ids.shape[1] - 1)
+    laws = _laws(model, ids, values, context)
     observed: dict[str, Any] = {}
     if values is not None and bool(seen.any()):
         observed = {
@@ -107,9 +111,10 @@ def abduct(
             "value_bias": action.value_bias.item(),
         }
     posterior = sample_posterior(
-        output.latent_loc[0, steps],
-        output.latent_log_scale[0, steps].exp(),
+        laws[0],
+        laws[1].exp(),
         action.weight.detach(),
+        log_weights=laws[2],
         tokens=tokens,
         bias=None if action.bias is None else action.bias.detach(),
         threshold=action.threshold.detach() if model.config.threshold_form == "class" else None,
@@ -121,6 +126,48 @@ def abduct(
         **observed,
     )
     return Abducted(posterior, shared, tokens)
+
+
+def _laws(
+    model: Any, ids: Tensor, values: Tensor | None, context: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Infer the laws of U at the N written steps, as the model had them while it wrote.
+
+    Returns:
+        loc and log scale, shape (N, C) each and no weights; of a fusion by evidence those of K experts, shape
+        (N, K, C) each, and their log weights, shape (N, K).
+    """
+    steps = slice(context - 1, ids.shape[1] - 1)
+    if not isinstance(model.fusion, Mixture):
+        output = model(input_ids=ids, numeric_values=values, return_logits=False)
+        return output.latent_loc[0, steps], output.latent_log_scale[0, steps], None
+    output = model(
+        input_ids=ids,
+        numeric_values=values,
+        written_from=context,
+        logits_to_keep=1,
+        return_logits=False,
+        use_cache=True,
+    )
+    places = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    # What the experts read was remembered for the next call.
+    features = attach(output.past_key_values).held["features"]
+    reading = Reading(
+        features=features,
+        mask=torch.ones_like(ids, dtype=torch.bool),
+        places=places,
+        ids=ids,
+        values=values,
+        number=model.config.num_token_id,
+        written=context,
+    )
+    parts = []
+    for block in model.fusion.serve(model.abduction, model.action, reading, kept=context - 1):
+        experts = block.experts
+        entry = torch.where(experts.awake, experts.entry, experts.entry[:, :1])
+        parts.append((experts.loc[entry], experts.log_scale[entry], block.log_weights))
+    loc, log_scale, log_weights = (torch.cat(column)[:-1] for column in zip(*parts, strict=True))
+    return loc, log_scale, log_weights
 
 
 def replay(

@@ -7,12 +7,40 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from tether.causal.config import MODES
+from tether.causal.memory import Memory, find
+from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise, check_share
 from tether.causal.streaming import NumericStreamer
 from tether.causal.trail import Trail
+from tether.causal.warping import WARPERS, each_expert
 from tether.errors import ConfigError, ShapeError
 
-__all__ = ["CausalGeneration", "Trail", "text_positions"]
+__all__ = ["CausalGeneration", "Trail", "text_mask", "text_positions"]
+
+
+def text_mask(attention_mask: Any, shape: tuple[int, int], past: int, device: Any) -> Tensor:
+    """Tell which positions carry a token.
+
+    Args:
+        attention_mask: shape (B, past + T); or, as fixed caches have it, what each position may attend to, shape
+            (B, 1, T, length), or several of these by kind of layer; or None.
+        shape: (B, T).
+        past: tokens seen before.
+        device: of the result.
+
+    Returns:
+        Shape (B, T), bool.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()))
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -shape[1] :].bool()
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        # Every token attends to itself, padding to nothing.
+        own = attention_mask[:, 0, :, past : past + shape[1]].diagonal(dim1=-2, dim2=-1)
+        if own.shape[1] == shape[1]:
+            return (own if own.dtype == torch.bool else own == 0).expand(shape)
+    return torch.ones(shape, dtype=torch.bool, device=device)
 
 
 def text_positions(
@@ -32,7 +60,7 @@ def text_positions(
     """
     if position_ids is not None and position_ids.dim() == 2:
         return position_ids.expand(shape)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
     return torch.arange(past, past + shape[1], device=device).expand(shape)
 
@@ -45,6 +73,10 @@ def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Any]:
 
 REPLAYING = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
 """Options of the stock loop that cut a text or take tokens back."""
+
+
+OWN = ("trail", "mode", "noise", "truncation", "gate_state", "written_from", "warp", "numeric_values")
+"""Keyword arguments of `forward` that other models do not have."""
 
 
 class CausalGeneration(GenerationMixin):  # type: ignore[misc]
@@ -178,9 +210,16 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 ids, numeric_values = (_repeated(value, batch, returns) for value in (ids, numeric_values))
                 kwargs["num_return_sequences"] = 1
         kwargs["trail"] = trail = self._trail(ids, kwargs, numeric_values)
+        if isinstance(self.fusion, Mixture):
+            kwargs["written_from"] = _given_length(ids, kwargs)
+            # How many experts are awake differs from token to token, which a compiled graph cannot follow.
+            kwargs.setdefault("disable_compile", True)
+            if option("do_sample") and mode == "softmax":
+                kwargs |= each_expert({name: kwargs.get(name, option(name)) for name in WARPERS})
         result = super().generate(ids, generation_config, *args, **kwargs)
         if trail is not None and not isinstance(result, Tensor):
             result["numeric_values"] = trail.finish(result["sequences"], beams)
+        _remember_text(result, kwargs.get("past_key_values"), beams)
         return result
 
     def _trail(self, ids: Tensor | None, kwargs: dict[str, Any], values: Tensor | None) -> Trail | None:
@@ -198,9 +237,25 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
             streamer.prompt_values = values
         return Trail(values, self.config.num_token_id, streamer.values)
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # What only this model understands is not the assistant's, which has its own.
+        others = {name: value for name, value in model_kwargs.items() if name not in OWN}
+        return super()._get_candidate_generator(*args, model_kwargs=others, **kwargs)
+
+    @property
+    def _gated_sum(self) -> bool:
+        # Its gates remember the text in a state of their own.
+        return self.fusion is not None and self.fusion.gated and not isinstance(self.fusion, Mixture)
+
+    @property
+    def _adapters_sum(self) -> bool:
+        # Their caches lie beside the base's, and do not follow what is done to it.
+        described = self.config.fusion or {}
+        return described.get("kind") == "adapters" and described.get("by") != "evidence"
+
     def _check_memory(self, replaying: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        gated = self.fusion is not None and self.fusion.gated
-        if not gated and (self.config.fusion or {}).get("kind") != "adapters":
+        gated = self._gated_sum
+        if not gated and not self._adapters_sum:
             return
         what = "gates" if gated else "adapters"
         if asked := [name for name, value in replaying.items() if value]:
@@ -211,13 +266,24 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         self._check_gates_know(kwargs.get("past_key_values"), kwargs.get("gate_state"))
 
     def _check_caches(self, kind: str | None) -> None:
-        if kind not in (None, "dynamic") and (self.config.fusion or {}).get("kind") == "adapters":
+        if kind not in (None, "dynamic") and self._adapters_sum:
             raise ConfigError(
                 f"cache_implementation={kind!r} with adapters: each has a growing cache of its own; leave it out"
             )
 
+    def _check_known(self, memory: Memory | None, past: int) -> None:
+        # Weights would be those of another text.
+        if memory is not None and len(memory) > past:
+            memory.keep(past)
+        if past and (memory is None or len(memory) < past):
+            known = 0 if memory is None else len(memory)
+            raise ConfigError(
+                f"past_key_values of {past} tokens of which a fusion by evidence has read {known}: the weights would "
+                "be those of another text; pass the cache that this model filled, or the whole text again"
+            )
+
     def _check_gates_know(self, cache: Any, gate_state: Tensor | None) -> None:
-        if self.fusion is None or not self.fusion.gated or cache is None or gate_state is not None:
+        if not self._gated_sum or cache is None or gate_state is not None:
             return
         if cache.get_seq_length():
             raise ConfigError(
@@ -228,7 +294,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
     def _check_beams(self, beams: int, mode: str, suppressed: list[int]) -> None:
         if beams <= 1:
             return
-        if self.fusion is not None and self.fusion.gated:
+        if self._gated_sum:
             raise ConfigError(
                 f"num_beams={beams} with a gated fusion: the gates remember one text per row; generate with "
                 "num_beams=1, or fuse with --no-gate"
@@ -258,6 +324,27 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 f"draw it with Noise.draw({batch}, {size}), or pick individuals with noise.rows"
             )
         return noise
+
+
+def _given_length(ids: Tensor | None, kwargs: dict[str, Any]) -> int:
+    # Where the text that is given ends, which the model goes on from.
+    memory = find(kwargs.get("past_key_values"))
+    if memory is not None and memory.text is not None and memory.written is not None and ids is not None:
+        same = ids.shape == memory.text.shape and bool((ids == memory.text.to(ids.device)).all())
+        if same:  # nothing new is given: the text goes on
+            return memory.written
+    if ids is not None and ids.shape[1]:
+        return ids.shape[1]
+    embeds = kwargs.get("inputs_embeds")
+    return 1 if embeds is None else int(embeds.shape[1])
+
+
+def _remember_text(result: Any, cache: Any, beams: int) -> None:
+    sequences = result if isinstance(result, Tensor) else result["sequences"]
+    kept = cache if isinstance(result, Tensor) else result.get("past_key_values", cache)
+    memory = find(kept)
+    if memory is not None and beams == 1:
+        memory.text = sequences
 
 
 def _repeated(value: Any, batch: int, times: int) -> Any:

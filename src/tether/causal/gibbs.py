@@ -88,6 +88,33 @@ class Chain:
         self.accepted.zero_()
         self.value_accepted.zero_()
 
+    @property
+    def t(self) -> Float[Tensor, "chains latent"]:
+        """Standardised noise, shape (N, C)."""
+        return self._t
+
+    def adopt(
+        self,
+        polytope: Polytope,
+        noise: Float[Tensor, "chains latent"],
+        normals: Float[Tensor, "chains m latent"],
+        targets: Float[Tensor, "chains m"],
+        replays: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Go on under other laws of U, from another point; the candidates stay, so that they depend on no state.
+
+        Args:
+            polytope: the same decisions under other laws.
+            noise: a feasible point there, shape (N, C).
+            normals: of the observed values there.
+            targets: what ``normals @ t`` must be there.
+            replays: as of the chain, there.
+        """
+        self.noise, self._t = noise, _standard(noise)
+        self._polytope, self._replays = polytope, replays
+        self._normals, self._targets = normals, targets
+        self._scores = polytope.scores(polytope.latent(self._t))
+
     def sweep(self) -> None:
         """Visit all coordinates once and look at the result as the model would."""
         coordinates = self._t.shape[-1]

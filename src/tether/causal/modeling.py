@@ -1,5 +1,6 @@
 """CausalQwenForCausalLM: a backbone that infers a cause U at every token and acts from it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,13 +8,16 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from tether.cauchy.functional import from_noise
+from tether.causal.acting import act
 from tether.causal.config import MODES, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
 from tether.causal.fingerprint import Fingerprinted
 from tether.causal.fused import FusedLatent
-from tether.causal.generation import CausalGeneration, text_positions
+from tether.causal.generation import CausalGeneration, text_mask, text_positions
 from tether.causal.layers import Abduction, Action, NumericEmbedding
+from tether.causal.memory import attach
+from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise, truncate
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.objective import CausalObjective
@@ -21,6 +25,7 @@ from tether.causal.output import CausalOutput
 from tether.causal.placeholder import check_numeric
 from tether.causal.routed import make_fusion
 from tether.causal.vocabulary import add_numbers
+from tether.causal.walk import Reading
 from tether.causal.wrapping import make_head, wrap_backbone
 from tether.errors import ConfigError
 
@@ -163,6 +168,9 @@ class CausalQwenForCausalLM(
         truncation: float = 0.0,
         gate_state: Tensor | None = None,
         return_logits: bool = True,
+        written_from: int | None = None,
+        warp: Callable[[Tensor], Tensor] | None = None,
+        output_weights: bool = False,
         **kwargs: Any,
     ) -> CausalOutput:
         """Run the model.
@@ -184,6 +192,11 @@ class CausalQwenForCausalLM(
             truncation: smallest accepted density of U as a share of its peak, in [0, 1]; mode `causal` only.
             gate_state: gate memory returned by the call for the text before.
             return_logits: False saves the scores of all classes where only the loss is wanted.
+            written_from: first position of the whole text that the model wrote itself, for a fusion by evidence; None
+                where all is given.
+            warp: made to the scores of each expert of a fusion by evidence before they are mixed; see `generate`.
+            output_weights: return the weights of the experts. They are likelihood ratios, and tell whether a text
+                was learnt from.
             kwargs: passed to the backbone.
 
         Returns:
@@ -206,10 +219,11 @@ class CausalQwenForCausalLM(
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if layers:
             kwargs["output_hidden_states"] = True
+        ids = input_ids if inputs_embeds is None else None
         if numeric_values is not None:
             given = input_ids if inputs_embeds is None else None
             input_ids, inputs_embeds = None, self.embed(given, numeric_values)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         outputs = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -221,12 +235,45 @@ class CausalQwenForCausalLM(
             **kwargs,
         )
         hidden_states = join_features(outputs.last_hidden_state, outputs.hidden_states, layers)
+        hidden_states_kept = outputs.hidden_states if asked or not layers else None
         shape, device = (hidden_states.shape[0], hidden_states.shape[1]), hidden_states.device
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -shape[1] :].bool()
-        else:
-            mask = torch.ones(shape, dtype=torch.bool, device=device)
+        mask = text_mask(attention_mask, shape, past, device)
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        places = text_positions(attention_mask, position_ids, shape, past, device)
+        losses: tuple[Tensor | None, ...] = (None, None, None)
+        if isinstance(self.fusion, Mixture):
+            cache = outputs.past_key_values
+            memory = None if cache is None else attach(cache, self.fusion.remembers)
+            self._check_known(memory, past)
+            given = {
+                "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids
+            }  # fmt: skip
+            reading = Reading(
+                hidden_states, mask, places, ids, numeric_values, self.config.num_token_id, written_from, given
+            )
+            acted = act(
+                self, reading, memory, kept=max(0, shape[1] - logits_to_keep) if logits_to_keep else 0, mode=mode,
+                noise=self._noise_for(noise, shape[0]) if mode == "causal" else None, truncation=truncation, warp=warp,
+            )  # fmt: skip
+            if labels is not None:
+                losses = self._losses_of_mixture(mode, acted.logits, labels[:, kept])
+            return CausalOutput(
+                loss=losses[0],
+                class_loss=losses[1],
+                value_loss=losses[2],
+                logits=acted.logits if return_logits else None,
+                value=self.action.number(acted.value),
+                latent=acted.latent,
+                past_key_values=cache,
+                latent_loc=acted.loc,
+                latent_log_scale=acted.log_scale,
+                value_loc=acted.value_loc,
+                value_scale=acted.value_scale,
+                gates=acted.awake,
+                log_weights=acted.log_weights if output_weights else None,
+                hidden_states=hidden_states_kept,
+                attentions=outputs.attentions,
+            )
         # Scores that hold to a leash are the ones to serve, with and without gradients.
         serve = mode == "softmax" and return_logits
         loc, log_scale, _, scores, gates, gate_state = self.latent(
@@ -236,8 +283,7 @@ class CausalQwenForCausalLM(
         value_loc, value_scale = self.action.values(loc, scale)
         latent, number = None, value_loc
         if mode == "causal":
-            positions = text_positions(attention_mask, position_ids, shape, past, device)[:, kept]
-            drawn = self._noise_for(noise, shape[0]).at(positions)
+            drawn = self._noise_for(noise, shape[0]).at(places[:, kept])
             latent = from_noise(truncate(drawn, truncation), loc, scale).float()
             number = self.action.values(latent, scale)[0]
         logits = scores
@@ -247,7 +293,6 @@ class CausalQwenForCausalLM(
             # Gradients go through the scores of the moved law; rounding may part them from those that were checked.
             moved = self._logits(mode, loc, scale, latent)
             logits = logits.detach() + (moved - moved.detach())
-        losses: tuple[Tensor | None, ...] = (None, None, None)
         if labels is not None:
             values = numeric_values if value_labels is None else value_labels
             values = None if values is None else values[:, kept]
@@ -266,7 +311,7 @@ class CausalQwenForCausalLM(
             value_scale=value_scale,
             gates=gates,
             gate_state=gate_state,
-            hidden_states=outputs.hidden_states if asked or not layers else None,
+            hidden_states=hidden_states_kept,
             attentions=outputs.attentions,
         )
 

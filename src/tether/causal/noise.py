@@ -81,6 +81,8 @@ class Noise:
         shared: one draw for all positions (spec document 5, section 3.4) instead of one each.
         known: noise that is given instead of drawn, for example abducted, shape (B, P, C) for the first P
             positions, or (B, 1, C) for all of them when shared; None draws everything.
+        known_speaker: the uniform number that decides which expert of a fusion by evidence speaks, given instead
+            of drawn, shape (B, P), or (B, 1) when shared.
 
     Raises:
         ConfigError: negative seeds, or known noise outside the open interval (0, 1).
@@ -97,6 +99,7 @@ class Noise:
     size: int
     shared: bool = False
     known: Tensor | None = None
+    known_speaker: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.seeds.dim() != 1 or self.seeds.dtype != torch.int64 or self.size < 1:
@@ -106,6 +109,7 @@ class Noise:
             )
         if len(self.seeds) and int(self.seeds.min()) < 0:
             raise ConfigError(f"a seed of {int(self.seeds.min())}: expected seeds >= 0")
+        self._check_speaker()
         if self.known is None:
             return
         given = tuple(self.known.shape)
@@ -117,6 +121,19 @@ class Noise:
             )
         if not bool(((self.known > 0) & (self.known < 1)).all()):
             raise ConfigError("known noise outside the open interval (0, 1): expected uniform numbers")
+
+    def _check_speaker(self) -> None:
+        told = self.known_speaker
+        if told is None:
+            return
+        places = 1 if self.shared or told.dim() < 2 else max(told.shape[1], 1)
+        if tuple(told.shape) != (len(self.seeds), places) or not told.is_floating_point():
+            raise ShapeError(
+                f"known speakers of shape {tuple(told.shape)}, {told.dtype}: expected (B, P) = "
+                f"{(len(self.seeds), places)}, floating point"
+            )
+        if not bool(((told > 0) & (told < 1)).all()):
+            raise ConfigError("known speakers outside the open interval (0, 1): expected uniform numbers")
 
     @classmethod
     def draw(
@@ -198,7 +215,9 @@ class Noise:
                 f"rows {index.tolist()} of {len(self)} individuals: expected a list of indices below {len(self)}"
             )
         known = None if self.known is None else self.known[index.to(self.known.device)]
-        return replace(self, seeds=self.seeds[index], known=known)
+        told = self.known_speaker
+        told = None if told is None else told[index.to(told.device)]
+        return replace(self, seeds=self.seeds[index], known=known, known_speaker=told)
 
     def at(self, positions: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time size"]:
         """Give the noise at some positions.
@@ -239,6 +258,33 @@ class Noise:
             drawn = torch.where((places < known).unsqueeze(-1), kept.gather(1, index), drawn)
         return drawn.to(positions.device)
 
+    def speaker(self, positions: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+        """Give the number that decides who speaks at some positions; it is part of the individual as its noise is.
+
+        Args:
+            positions: as of `at`.
+
+        Returns:
+            Uniform numbers in (0, 1), shape (B, T), float64, on the device of `positions`.
+        """
+        places = torch.zeros_like(positions) if self.shared else positions.clamp(min=0)
+        told = self.known_speaker
+        known = 0 if told is None else told.shape[1]
+        found = torch.zeros(places.shape, dtype=torch.float64)
+        places = places.cpu()
+        if places.numel() and int(places.max()) >= known:
+            for row, (seed, wanted) in enumerate(zip(self.seeds.tolist(), places, strict=True)):
+                first, last = int(wanted.min()), int(wanted.max())
+                # A second key: a stream of its own, four numbers a step of the counter of which one is taken.
+                stream = np.random.Generator(np.random.Philox(key=[seed, 1]).advance(first))
+                block = torch.from_numpy(stream.random((last + 1 - first, 4))[:, 0].copy())
+                found[row] = block[wanted - first]
+        found = found.clamp(SMALLEST, 1 - SMALLEST)
+        if told is not None:
+            kept = told.detach().cpu().double().gather(1, places.clamp(max=known - 1))
+            found = torch.where(places < known, kept, found)
+        return found.to(positions.device)
+
     def _block(self, seed: int, first: int, count: int) -> np.ndarray:
         # A step of Philox's counter yields four numbers, so a position takes a whole number of steps.
         steps = -(-self.size // 4)
@@ -258,6 +304,8 @@ class Noise:
         tensors = {"seeds": self.seeds.contiguous()}
         if self.known is not None:
             tensors["known"] = self.known.detach().contiguous()
+        if self.known_speaker is not None:
+            tensors["speaker"] = self.known_speaker.detach().contiguous()
         about = {"kind": "noise", "size": str(self.size), "shared": json.dumps(self.shared)}
         with publish_file(Path(path)) as target:
             save_file(tensors, target, metadata=about)
@@ -289,4 +337,5 @@ class Noise:
             size=int(about["size"]),
             shared=json.loads(about["shared"]),
             known=known,
+            known_speaker=reader.tensor("speaker") if "speaker" in reader.names else None,
         )

@@ -58,6 +58,22 @@ class CausalObjective:
         value_loss = self._value_loss(mode, loc[here], scale[here], wanted[here])
         return class_loss + self.config.value_loss_weight * value_loss, class_loss, value_loss
 
+    def _losses_of_mixture(
+        self, mode: str, logits: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if mode != "softmax":
+            raise ConfigError(
+                f"labels in mode {mode!r} with a fusion by evidence: its loss is that of the tokens served, in mode "
+                "'softmax'; train the base"
+            )
+        number = self.config.num_token_id
+        if number is not None and bool((labels == number).any()):
+            raise ConfigError(
+                "labels with <NUM> with a fusion by evidence: expected text without numbers; train the base"
+            )
+        loss = softmax_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].reshape(-1))
+        return loss, loss, None
+
     def _threshold(self, loc: Tensor) -> Tensor:
         threshold: Tensor = self.action.threshold
         if self.config.threshold_form == "context":

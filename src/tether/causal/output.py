@@ -22,7 +22,10 @@ class CausalOutput(ModelOutput):  # type: ignore[misc]
         latent_log_scale: log scale of U after fusion, shape (B, T, C), float32.
         value_loc: median of Y, shape (B, T), float32, in the units of `config.value_transform`.
         value_scale: scale of Y, shape (B, T), float32, same units.
-        gates: weight factor of each fused domain, shape (N, B, T), or None.
+        gates: weight factor of each fused domain, shape (N, B, T), or None; in a fusion by evidence 1 where it is
+            awake.
+        log_weights: log weight of each expert of a fusion by evidence, shape (B, T, experts), base first; when asked
+            for.
         gate_state: what the gates remember for the next call, or None.
         hidden_states: the backbone's, when asked for.
         attentions: the backbone's, when asked for.
@@ -41,5 +44,6 @@ class CausalOutput(ModelOutput):  # type: ignore[misc]
     value_scale: Tensor | None = None
     gates: Tensor | None = None
     gate_state: Tensor | None = None
+    log_weights: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

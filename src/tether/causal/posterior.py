@@ -1,15 +1,17 @@
 """Abduction from what was said: the posterior of the individual noise given observed tokens and values."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tether.causal.gibbs import Chain, settle
+from tether.causal.gibbs import Chain
 from tether.causal.observation import Observation
-from tether.causal.polytope import Polytope, feasible_start
+from tether.causal.polytope import Polytope
+from tether.causal.speakers import Speakers
+from tether.causal.speaking import SpeakingChain
+from tether.causal.start import first_point, nobody
 from tether.errors import ConfigError, ShapeError
 
 __all__ = ["Posterior", "effective_sample_size", "sample_posterior"]
@@ -33,6 +35,10 @@ class Posterior(NamedTuple):
     """Share of the proposals along the observed values accepted, shape (N,); nan where no value was."""
     start_iterations: Float[Tensor, " chains"]
     """Projections it took to find the first point, shape (N,); 0 where loc itself acts as observed."""
+    speaker: Float[Tensor, "samples chains"] | None = None
+    """Where several may speak, the uniform number that decides who does, shape (S, N), float64."""
+    expert: Int[Tensor, "samples rows"] | None = None
+    """Who spoke at each position, shape (S, R), the base being 0; None where there is one law."""
 
 
 def sample_posterior(
@@ -40,6 +46,7 @@ def sample_posterior(
     scale: Tensor,
     weight: Tensor,
     *,
+    log_weights: Tensor | None = None,
     tokens: Tensor | None = None,
     fired: Tensor | None = None,
     bias: Tensor | None = None,
@@ -63,10 +70,15 @@ def sample_posterior(
     products of the R individuals with the (V, C) weight and O(R * M * C) elementwise work in float64;
     memory is the transposed weight in float64 and a few (R, V) buffers.
 
+    With ``log_weights`` each position has the laws of K experts, one of whom speaks there: who does is drawn
+    with the noise (`tether.causal.speaking`). A sweep then takes K more products, and with shared noise up to
+    K * K; shared noise of which the experts' individuals have nothing in common is not explored as a whole.
+
     Args:
-        loc: locations of U, shape (R, C), R positions.
-        scale: scales of U, shape (R, C), > 0.
+        loc: locations of U, shape (R, C), R positions; (R, K, C) with ``log_weights``.
+        scale: scales of U, of the same shape, > 0.
         weight: of the scores, shape (V, C). Half precision is taken to float32, as the model's scores are.
+        log_weights: log probability of each expert to speak at each position, shape (R, K), -inf where it sleeps.
         tokens: the observed argmax, shape (R,), in 0..V-1, or -100 where none was observed.
         fired: instead of ``tokens``, which classes exceeded their threshold, boolean (R, V).
         bias: added to the scores, shape (V,), in logits.
@@ -114,9 +126,11 @@ def sample_posterior(
     ):
         if number < least:
             raise ConfigError(f"{name}={number}: expected a whole number of at least {least}")
+    if log_weights is not None:
+        Speakers.of(loc, scale, log_weights, len(loc))  # refuses what does not fit together
     given = Observation(
-        loc=loc,
-        scale=scale,
+        loc=loc if log_weights is None else loc[:, 0],
+        scale=scale if log_weights is None else scale[:, 0],
         weight=weight,
         tokens=tokens,
         fired=fired,
@@ -132,14 +146,14 @@ def sample_posterior(
     rows = torch.arange(len(loc), device=loc.device)
     # Chains move in step: those with a value along it, the others freely.
     parts = [rows] if shared else [part for part in (rows[seen], rows[~seen]) if len(part)]
-    results = []
+    results, told = [], []
     for part in parts:
-        polytope = everything.rows(part)
         chain, iterations = _begin(
-            polytope,
-            *given.hyperplanes(part[seen[part]], 1 if shared else len(part)),
-            names=part.tolist(),
-            replays=given.replay(polytope, part),
+            given,
+            everything.rows(part),
+            part,
+            given.hyperplanes(part[seen[part]], 1 if shared else len(part)),
+            None if log_weights is None else (loc[part], scale[part], log_weights[part]),
             candidates=candidates,
             limit=start_limit,
             generator=generator,
@@ -147,18 +161,26 @@ def sample_posterior(
         for _ in range(burn_in):
             chain.sweep()
         chain.freeze()
-        kept = []
+        kept, spoken = [], []
         for _ in range(samples):
             for _ in range(thin):
                 chain.sweep()
             kept.append(chain.noise)
+            if isinstance(chain, SpeakingChain):
+                spoken.append((chain.speaker, chain.expert))
         results.append((torch.stack(kept, 1), *chain.acceptance(), iterations))
-    back = torch.zeros(1, dtype=torch.long) if shared else torch.cat(parts).argsort()
+        told.append([torch.stack(column) for column in zip(*spoken, strict=True)])
+    order = torch.cat(parts).argsort()
+    back = torch.zeros(1, dtype=torch.long) if shared else order
     noise, acceptance, value_acceptance, start_iterations = (
         torch.cat(column)[back] for column in zip(*results, strict=True)
     )
     noise = noise.transpose(0, 1)
-    return Posterior(noise, effective_sample_size(noise), acceptance, value_acceptance, start_iterations)
+    found = noise, effective_sample_size(noise), acceptance, value_acceptance, start_iterations
+    if log_weights is None:
+        return Posterior(*found)
+    speaker, expert = (torch.cat(column, dim=1) for column in zip(*told, strict=True))
+    return Posterior(*found, speaker[:, back], expert[:, order])
 
 
 def effective_sample_size(draws: Float[Tensor, "samples *batch"]) -> Float[Tensor, "*batch"]:
@@ -207,36 +229,32 @@ def _worth(draws: Tensor) -> Tensor:
 
 
 def _begin(
+    given: Observation,
     polytope: Polytope,
-    normals: Tensor,
-    targets: Tensor,
+    rows: Tensor,
+    hyperplanes: tuple[Tensor, Tensor],
+    experts: tuple[Tensor, Tensor, Tensor] | None,
     *,
-    names: list[int],
-    replays: Callable[[Tensor], Tensor],
     candidates: int,
     limit: int,
     generator: torch.Generator,
-) -> tuple[Chain, Tensor]:
-    """Return the chains, each at a feasible first point, and the projections it took.
+) -> tuple[Chain | SpeakingChain, Tensor]:
+    """Return the chains of some rows, each at a feasible first point, and the projections it took.
 
     Raises:
         ConfigError: no such point was found.
     """
-    chains, each = len(normals), len(names) // len(normals)
-    first = torch.zeros(chains, polytope.loc.shape[1], dtype=torch.float64, device=polytope.loc.device)
-    basis = normals
-    if normals.shape[1]:
-        first = (torch.linalg.pinv(normals) @ targets.unsqueeze(-1)).squeeze(-1)
-        basis = torch.linalg.qr(normals.mT).Q.mT
-    start = feasible_start(polytope, first, basis=basis, limit=limit)
-    noise, t = settle(start.t, normals, targets)
-    latent = polytope.latent(t)
-    fine = polytope.worst(polytope.scores(latent))[0] > polytope.margin * latent.norm(dim=-1)
-    lost = ~(fine & replays(noise)).view(chains, each)
-    row = torch.arange(chains, device=t.device) * each + lost.int().argmax(-1)
-    failed = torch.where(start.failed >= 0, start.failed, row.masked_fill(~lost.any(-1), -1))
+    if experts is not None:
+        speakers = Speakers.of(*experts, chains=len(hyperplanes[0]))
+        speaking = SpeakingChain(
+            speakers, given, polytope, rows, candidates=candidates, limit=limit, generator=generator
+        )
+        return speaking, speaking.iterations
+    normals, targets = hyperplanes
+    replays = given.replay(polytope, rows)
+    noise, iterations, failed = first_point(polytope, normals, targets, replays=replays, limit=limit)
     if bool((failed >= 0).any()):
-        raise ConfigError(_nobody(failed[failed >= 0].tolist(), polytope, names, limit))
+        raise ConfigError(nobody(failed[failed >= 0].tolist(), polytope, rows.tolist(), limit))
     chain = Chain(
         polytope,
         noise,
@@ -246,19 +264,4 @@ def _begin(
         replays=replays,
         generator=generator,
     )
-    return chain, start.iterations
-
-
-def _nobody(failed: list[int], polytope: Polytope, names: list[int], limit: int) -> str:
-    """Return the message for observations that no individual was found for."""
-    places = [
-        f"position {names[row]}"
-        + ("" if polytope.tokens is None else f" (token {int(polytope.tokens[row])})")
-        for row in failed[:8]
-    ]
-    more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
-    return (
-        f"no individual acts as observed at {', '.join(places)}{more}: {limit} projections found none. A token"
-        " that is never the argmax cannot be abducted, nor can positions that no one noise explains together;"
-        " leave the position out (token -100), take shared=False, or raise start_limit"
-    )
+    return chain, iterations

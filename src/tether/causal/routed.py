@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tether.causal.fused import Fusion
 from tether.causal.gates import window_mean
+from tether.causal.mixture import Mixture
 from tether.errors import ConfigError
 
 __all__ = ["RoutedFusion", "make_fusion", "route_shares", "router_features"]
@@ -126,10 +127,12 @@ def make_fusion(hidden_size: int, latent_size: int, description: dict[str, Any])
     Args:
         hidden_size: width H of the hidden state.
         latent_size: dimensions C of U.
-        description: `CausalQwenConfig.fusion`; with `router` it is a routed one.
+        description: `CausalQwenConfig.fusion`; with `by` = `evidence` it is a mixture, with `router` a routed sum.
 
     Returns:
         The fusion, its tensors zero.
     """
+    if description.get("by") == "evidence":
+        return Mixture(hidden_size, latent_size, description)
     kind = RoutedFusion if description.get("router") else Fusion
     return kind(hidden_size, latent_size, description)

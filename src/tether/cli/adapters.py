@@ -24,6 +24,8 @@ def learn_adapter(
     gate: bool,
     tokens: int | None,
     cache: Path | None,
+    held_out: float | None = None,
+    sample: bool = True,
     as_json: bool,
     **unused: Any,
 ) -> None:
@@ -41,6 +43,8 @@ def learn_adapter(
         gate: fit a one-class gate too.
         tokens: domain tokens to use, in whole windows.
         cache: where hidden states of the base are kept.
+        held_out: share of the text to keep aside, or None for the default.
+        sample: whether the adapter carries a few of the documents that were kept aside.
         as_json: print JSON.
         unused: options of `learn` that only a delta has: their value must be what they are left out.
 
@@ -48,10 +52,12 @@ def learn_adapter(
         ConfigError: another kind, or an option that only a delta has.
     """
     from tether.causal.loading import load
+    from tether.cli.learnt import learnt_told
     from tether.delta import adapter_learning
     from tether.delta.adapter import lora_config
     from tether.delta.adapter_training import AdapterFit
     from tether.delta.budget import Budget
+    from tether.delta.held_out import HELD_OUT
     from tether.store.documents import read_documents
     from tether.store.hashing import sha256_file
     from tether.store.publish import check_free
@@ -63,7 +69,11 @@ def learn_adapter(
             f"--adapter with {', '.join('--' + name.replace('_', '-') for name in given)}: that is for deltas; "
             "leave it out"
         )
-    fit = AdapterFit(budget=Budget(value=budget, metric=metric, quantile=quantile), gate=gate)
+    fit = AdapterFit(
+        budget=Budget(value=budget, metric=metric, quantile=quantile),
+        gate=gate,
+        held_out=HELD_OUT if held_out is None else held_out,
+    )
     lora_config(fit.rank, fit.alpha)
     for path in (text, base_text):
         read_documents(path)
@@ -72,16 +82,12 @@ def learn_adapter(
     with reporter() as steps:
         adapter = adapter_learning.learn_adapter(
             base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
-            on_step=steps(f"learning {out.stem}"), fit=fit,
+            sample=sample, on_step=steps(f"learning {out.stem}"), fit=fit,
         )  # fmt: skip
     adapter.save(out, inputs={"domain": sha256_file(text), "base": sha256_file(base_text)})
+    told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample)
     record = {key: value for key, value in adapter.record.items() if key != "curve"}
-    emit(
-        {"path": str(out), **record},
-        as_json,
-        f"{out}: {record['tokens']} tokens, drift on held-out base text {record['drift_base']:.4f} of {budget} nats "
-        f"({metric})",
-    )
+    emit({"path": str(out), "name": adapter.name, **record, "sample": list(adapter.sample)}, as_json, told)
 
 
 def fuse_adapters(

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tether.cli.accounted import account_lines
 from tether.cli.adapters import fuse_adapters, learn_adapter
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries
@@ -80,6 +81,16 @@ def learn(
     no_gate: Annotated[
         bool, typer.Option("--no-gate", help="Fit no gate: the delta then acts everywhere.")
     ] = False,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the text to keep aside and choose the strength on, at most 2,048 tokens; 0 for none.",
+            show_default="0.15",
+        ),
+    ] = None,
+    no_sample: Annotated[
+        bool, typer.Option("--no-sample", help="Private text: let the file carry none of what is kept aside.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Learn a domain as a delta of the abduction head, on a drift budget."""
@@ -92,10 +103,13 @@ def learn(
         }  # fmt: skip
         learn_adapter(
             adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
-            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, as_json=as_json, **delta_only,
+            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, held_out=held_out, sample=not no_sample,
+            as_json=as_json, **delta_only,
         )  # fmt: skip
         return
     from tether.causal.loading import load
+    from tether.cli.learnt import learnt_told
+    from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta
     from tether.store.publish import check_file
 
@@ -111,7 +125,7 @@ def learn(
     options: dict[str, Any] = {
         "budget": BUDGET if budget is None and penalty is None else budget, "metric": metric, "penalty": penalty,
         "chart": chart, "features": features, "location_only": location_only, "quantile": quantile, "hard": hard,
-        "gate": not no_gate,
+        "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
     }  # fmt: skip
     check_options(text, base_text, **options)
     check_file(out)
@@ -119,19 +133,12 @@ def learn(
     with reporter() as steps:
         delta = learn_delta(
             base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
-            on_step=steps(f"learning {out.stem}"), **options,
+            sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
         )  # fmt: skip
     delta.save(out)
+    told = learnt_told(delta.record, delta.sample, model=model, out=out, asked=not no_sample)
     record = {key: value for key, value in delta.record.items() if key != "curve"}
-    of = "largest drift at a training context" if hard else "drift on held-out base text"
-    of = f"{quantile:g} quantile of the {of}" if quantile is not None else of
-    held = (
-        ""
-        if penalty is not None
-        else f", {of} {record['drift_base']:.4g} of {record['budget']:g} nats ({metric})"
-    )
-    own = f"; on its own text {record['drift_domain']['softmax']:.4f} (softmax KL)"
-    emit({"path": str(out), **record}, as_json, f"{out}: {record['tokens']} tokens{held}{own}")
+    emit({"path": str(out), "name": delta.name, **record, "sample": list(delta.sample)}, as_json, told)
 
 
 def fuse(
@@ -142,20 +149,35 @@ def fuse(
     deltas: Annotated[
         list[str] | None, typer.Argument(help="Delta files, each with a weight if not 1: code.delta=0.5")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="evidence (the default): the base and each delta alone, weighted by how well each predicted the "
+            "text so far; sum: the deltas' moves are added."
+        ),
+    ] = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.9"),
+    ] = None,
     chart: Annotated[
-        str | None, typer.Option(help="symmetric (the default), linear, geodesic or rootkl.")
+        str | None, typer.Option(help="Of a sum: symmetric (the default), linear, geodesic or rootkl.")
     ] = None,
     gate: Annotated[
         str | None,
         typer.Option(
-            help="one-class (the default): each delta acts where its own gate is open; softmax: open gates "
+            help="Of a sum: one-class (the default): each delta acts where its own gate is open; softmax: open gates "
             "share a context by how likely each domain is."
         ),
     ] = None,
-    no_gate: Annotated[bool, typer.Option("--no-gate", help="Let every delta act everywhere.")] = False,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Let no delta sleep; in a sum, let every delta act everywhere.")
+    ] = False,
     leash: Annotated[
         float | None,
-        typer.Option(help="Largest drift of any context when the model runs, nats; 0 takes a leash off."),
+        typer.Option(
+            help="Of a sum: largest drift of any context when the model runs, nats; 0 takes it off."
+        ),
     ] = None,
     leash_metric: Annotated[
         str, typer.Option(help="What the leash is in: softmax, or latent (the drift of U).")
@@ -168,9 +190,13 @@ def fuse(
     ] = None,
     budget_metric: Annotated[str, typer.Option(help="What the budget is in: softmax or latent.")] = "softmax",
     text: Annotated[Path | None, typer.Option(help="General text on which the budget is checked.")] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of a domain to compare on, DOMAIN=FILE, in place of what its delta carries."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
-    """Superpose deltas into one checkpoint that AutoModelForCausalLM loads, or change such a checkpoint."""
+    """Combine deltas in one checkpoint that AutoModelForCausalLM loads, or change such a checkpoint."""
     quiet_libraries()
     from tether.cauchy.charts import CHARTS
     from tether.causal.gates import GATES
@@ -191,7 +217,10 @@ def fuse(
     if budget is None and budget_metric != "softmax":
         raise ConfigError(f"--budget-metric {budget_metric} without --budget: give the nats too")
     if any(map(is_adapter, paths)):
-        beyond = {"remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax"}
+        beyond = {
+            "remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax", "check": check,
+            "prior": prior,
+        }  # fmt: skip
         if asked := [f"--{name}" for name, value in beyond.items() if value]:
             raise ConfigError(f"{', '.join(asked)} with adapters: expected deltas; leave it out")
         fuse_adapters(
@@ -200,9 +229,9 @@ def fuse(
         )  # fmt: skip
         return
     fuse_domains(
-        model, paths, out, chart=chart, gated=False if no_gate else (True if gate else None), gate=gate, leash=leash,
-        leash_metric=leash_metric, remove=remove or [], budget=budget, budget_metric=budget_metric, text=text,
-        as_json=as_json,
+        model, paths, out, by=by, prior=prior, chart=chart, gated=False if no_gate else (True if gate else None),
+        gate=gate, leash=leash, leash_metric=leash_metric, remove=remove or [], budget=budget,
+        budget_metric=budget_metric, text=text, check=check or [], as_json=as_json,
     )  # fmt: skip
 
 
@@ -262,12 +291,19 @@ def certify(
         )
     certificate.save(out)
     lines = [
+        line
+        for name, row in _with_continuations(certificate.figures).items()
+        for line in (account_lines(name, row) if "parts" in row else [_sum_line(name, row)])
+    ]
+    emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
+
+
+def _sum_line(name: str, row: dict[str, Any]) -> str:
+    return (
         f"{name}: softmax KL {row['softmax_kl']['mean']:.5f} (p99 {row['softmax_kl']['p99']:.4f}), latent drift "
         f"{row['latent_drift']['mean']:.4g} ({_allowed(row)}), {row['bound']['violations']} of "
         f"{row['bound']['contexts']} contexts over the bound, NLL {row['nll_base']:.3f} -> {row['nll']:.3f}"
-        for name, row in _with_continuations(certificate.figures).items()
-    ]
-    emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
+    )
 
 
 def _allowed(row: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tether.cli.accounted import account_lines, fare_lines
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
 from tether.errors import CertificateError, ConfigError
@@ -40,6 +41,15 @@ def ledger(
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:
+    if figures.get("by") == "evidence":
+        limit = figures["allowance"]
+        spoken = [
+            f"  {name}: the largest cost of a whole text against it is {party['largest']:.2f} nats, "
+            f"{party['allowed']:.2f} are allowed there."
+            for name, party in figures["regret"].items()
+        ]
+        spare = [] if limit is None else [f"  The budget is {limit['nats']:g} nats ({limit['metric']})."]
+        return [*account_lines("this text", figures), *spoken, *spare]
     lines = [
         f"latent drift, mean over {figures['tokens']} contexts, nats; chart {figures['chart']}",
         f"{'domain':<16}{'weight':>8}{'open':>7}{'alone':>11}{'share':>11}{'removal':>11}",
@@ -78,6 +88,8 @@ def fuse_domains(
     paths: dict[str, float],
     out: Path,
     *,
+    by: str | None,
+    prior: float | None,
     chart: str | None,
     gated: bool | None,
     gate: str | None,
@@ -87,6 +99,7 @@ def fuse_domains(
     budget: float | None,
     budget_metric: str,
     text: Path | None,
+    check: Sequence[str],
     as_json: bool,
 ) -> None:
     """Fuse deltas into a base, or change a fusion, and write the checkpoint; see `fuse` for the arguments.
@@ -98,10 +111,12 @@ def fuse_domains(
         Exit: the fusion breaks its budget; nothing is written.
     """
     from tether.causal.checkpoint import save_checkpoint
+    from tether.causal.evidence import Rule
     from tether.causal.leash import METRICS, check_leash
     from tether.causal.loading import load
     from tether.delta.delta import Delta
-    from tether.delta.fusion import fuse, unfuse
+    from tether.delta.fare import fare
+    from tether.delta.fusion import fuse, manner, unfuse
     from tether.store.documents import read_documents, text_hash
 
     if leash:
@@ -113,6 +128,10 @@ def fuse_domains(
             f"budget {budget:g} in {budget_metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
         )
     documents = text_hash(read_documents(text)) if text is not None else None
+    texts = {name: read_documents(path) for name, path in map(_named_text, check)}
+    rule = None if prior is None else Rule(prior=prior)
+    of_sums = {"chart": chart, "gate": gate, "leash": leash or None}
+    manner(by, rule, of_sums)
     added = {Delta.load(path): weight for path, weight in paths.items()}
     base, tokenizer = load(model)
     before: dict[str, Any] = base.config.fusion or {}
@@ -145,12 +164,24 @@ def fuse_domains(
         raise ConfigError(
             f"--text {text} without --budget: expected the nats that it is to be checked for too"
         )
-    fused = fuse(
-        base, kept | added, chart=chart or before.get("chart", "symmetric"),
-        gated=before.get("gated", True) if gated is None else gated, gate=gate or before.get("gate", "one-class"),
-        allowance=allowance,
-        leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
-    )  # fmt: skip
+    chosen = by or ("sum" if any(value is not None for value in of_sums.values()) else before.get("by"))
+    if before and chosen is None:
+        chosen = "sum"  # of a checkpoint that does not say
+    chosen = manner(chosen, rule, of_sums)
+    if unknown := set(texts) - {delta.name for delta in (*kept, *added)}:
+        raise ConfigError(f"--check {', '.join(sorted(unknown))}: no such domain in the fusion")
+    gates = before.get("gated") if gated is None else gated
+    if chosen == "evidence":
+        if rule is None and before.get("by") == "evidence":
+            rule = Rule(prior=before["prior"], restarts=tuple(before["restarts"]), floor=before["floor"])
+        fused = fuse(base, kept | added, by="evidence", rule=rule, gated=gates, allowance=allowance)
+        held = None
+    else:
+        fused = fuse(
+            base, kept | added, by="sum", chart=chart or before.get("chart"), gated=gates,
+            gate=gate or before.get("gate"), allowance=allowance,
+            leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
+        )  # fmt: skip
     drift = None
     if allowance is not None and text is not None:
         drift = _checked(fused, tokenizer, text, allowance)
@@ -158,14 +189,43 @@ def fuse_domains(
         fused, tokenizer, out, inputs={role: path for role, path in inputs.items() if path.is_file()}
     )
     described: dict[str, Any] = fused.config.fusion
-    parts = " + ".join(f"{w:g} {n}" for n, w in zip(described["domains"], described["weights"], strict=True))
-    said = f"{out}: {parts}, chart {described['chart']}, "
-    said += f"{described['gate']} gates" if described["gated"] else "ungated"
+    with reporter() as steps:
+        samples = {delta.name: delta for delta in added}
+        fares = fare(fused, tokenizer, texts, samples=samples, on_step=steps("comparing domains"))
+    said = f"{out}: {_parts(described)}"
     if held:
         said += f", leash {held['nats']:g} nats ({held['metric']})"
     if drift is not None and allowance is not None:
         said += f"; mean drift {drift:.5g} of {allowance['nats']:g} nats ({allowance['metric']})"
-    emit({"path": str(out), **described, "drift": drift}, as_json, said)
+    without = [name for name in described["domains"] if name not in fares]
+    result = {
+        "path": str(out),
+        **described,
+        "drift": drift,
+        "fares": {name: row._asdict() for name, row in fares.items()},
+    }
+    emit(result, as_json, "\n".join([said, *fare_lines(fares, without)]))
+
+
+def _parts(described: dict[str, Any]) -> str:
+    if described.get("by") == "evidence":
+        sleeping = "each sleeps where the text is unlike its own" if described["gated"] else "none sleeps"
+        return (
+            f"the base and {', '.join(described['domains'])}, weighted by evidence; the base begins with a weight of "
+            f"{described['prior']:g}, {sleeping}"
+        )
+    parts = " + ".join(f"{w:g} {n}" for n, w in zip(described["domains"], described["weights"], strict=True))
+    return f"{parts}, chart {described['chart']}, " + (
+        f"{described['gate']} gates" if described["gated"] else "ungated"
+    )
+
+
+def _named_text(text: str) -> tuple[str, Path]:
+    """Read `DOMAIN=FILE`."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise ConfigError(f"--check {text!r}: expected DOMAIN=FILE, as --check law=law-test.jsonl")
+    return name, Path(path)
 
 
 def _may_drift(

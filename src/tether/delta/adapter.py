@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tether.delta.delta import check_carried
 from tether.delta.gate import Gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
@@ -39,6 +40,8 @@ class Adapter:
         base: fingerprint of the backbone it was learnt on.
         record: how it was learnt: budget, metric, figures, hashes of the texts, versions.
         path: the folder it was read from or saved to.
+        sample: a few documents of the domain that it was not learnt from, see `tether.delta.held_out`; may be
+            none.
     """
 
     name: str
@@ -48,6 +51,12 @@ class Adapter:
     base: str
     record: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    sample: tuple[str, ...] = ()
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths at which it takes part where domains are weighted by evidence: the whole alone."""
+        return tuple(self.record.get("strengths", (1.0,)))
 
     def save(self, folder: str | Path, *, inputs: Mapping[str, str] | None = None) -> "Adapter":
         """Write the adapter as one folder, whole or not at all.
@@ -78,6 +87,7 @@ class Adapter:
                 "base": self.base,
                 "gated": self.gate is not None,
                 "record": self.record,
+                "sample": list(self.sample),
             }
             write_manifest(target, Manifest(kind="adapter", inputs=listed, recipe=recipe))
         return Adapter(**{**self.__dict__, "path": folder})
@@ -93,7 +103,8 @@ class Adapter:
             The adapter.
 
         Raises:
-            CheckpointError: the folder is missing or damaged, or holds an adapter that tether did not write.
+            CheckpointError: the folder is missing or damaged, or holds an adapter that tether did not write, or its
+                strengths or its sample are out of bounds.
         """
         from peft import PeftConfig
 
@@ -104,6 +115,7 @@ class Adapter:
                 f"{MANIFEST})"
             )
         recipe = read_manifest(folder).recipe
+        check_carried(folder, recipe["record"], recipe.get("sample", []))
         reader = CheckpointReader(folder / WEIGHTS)
         gate = None
         if recipe["gated"]:
@@ -117,6 +129,7 @@ class Adapter:
             base=recipe["base"],
             record=recipe["record"],
             path=folder,
+            sample=tuple(recipe.get("sample", ())),
         )
 
 

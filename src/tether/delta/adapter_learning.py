@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ from torch import Tensor
 from tether.delta.adapter import Adapter, Attached, lora_config
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
-from tether.delta.anchor import check_base
+from tether.delta.anchor import check_base, output_head
 from tether.delta.background import write_background
 from tether.delta.budget import Budget, meet_budget
 from tether.delta.cache import StateCache, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
+from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
+from tether.delta.outcome import NO_HELP, budget_share, why_no_more
+from tether.delta.ray import MEASURED
+from tether.delta.source import reference, spread
+from tether.delta.strength import Change, base_law, change_figures, served_change
 from tether.delta.training import Step
+from tether.delta.windows import Windows, reader
 from tether.store.manifest import versions
 
 __all__ = ["fit_adapter", "learn_adapter", "meet_adapter"]
@@ -38,7 +45,8 @@ def fit_adapter(
 ) -> Adapter:
     """Fit a LoRA adapter on every linear layer of the backbone; the model itself is not touched.
 
-    Minimises domain NLL + multiplier x drift on base text, with dual ascent on the multiplier; then one factor
+    A part of the domain's text is kept aside, on which losses before and after are measured. The rest is learnt:
+    it minimises domain NLL + multiplier x drift on base text, with dual ascent on the multiplier; then one factor
     on the adapter (on B, so that the file is within its budget whoever loads it) is bisected so that the drift
     *measured* on held-out base text is within 5 % below the budget. It fails closed: where no factor is found
     that holds, it is 0. The base's side of the drift comes from cached states, so a step costs one forward and
@@ -66,8 +74,10 @@ def fit_adapter(
         check_base(model, cache, ())
     started = time.process_time()
     generator = torch.Generator().manual_seed(fit.seed)
+    aside = hold_out(domain.windows, fit.held_out)
+    own = leave_out(domain, aside)
     attached = Attached(model, name, lora_config(fit.rank, fit.alpha), generator)
-    loop = AdapterTraining(model, attached, name, domain, base, fit, generator)
+    loop = AdapterTraining(model, attached, name, own, base, fit, generator)
     loop.run(on_step)
     record: dict[str, Any] = {
         "adapter": "lora",
@@ -79,7 +89,7 @@ def fit_adapter(
         "replay": fit.replay,
         "multiplier": loop.multiplier,
         "curve": loop.curve,
-        "tokens": int((domain.windows.targets >= 0).sum()) * fit.epochs,
+        "tokens": int((own.windows.targets >= 0).sum()) * fit.epochs,
         "factor": 1.0,
         "versions": versions() | {"peft": version("peft")},
     }
@@ -87,7 +97,8 @@ def fit_adapter(
         record |= meet_adapter(
             model, attached, name, held_out, fit.budget, probe=fit.probe, fisher=loop.fisher
         )
-    gate = fit_gate(domain, background=background) if fit.gate else None
+    record |= _measured(model, attached, name, held_out, aside, fit, record)
+    gate = fit_gate(own, background=background) if fit.gate else None
     record["cpu_seconds"] = time.process_time() - started
     scaled = {
         key: values.detach().clone() * (record["factor"] if "lora_B" in key else 1.0)
@@ -97,6 +108,67 @@ def fit_adapter(
     config.base_model_name_or_path = model.config.get_text_config(decoder=True).name_or_path or None
     config.inference_mode = True
     return Adapter(name=name, config=config, tensors=scaled, gate=gate, base=domain.base, record=record)
+
+
+# What a record says of the learnt adapter: losses of both texts before and after, and how much of its budget it uses.
+def _measured(
+    model: Any,
+    attached: Attached,
+    name: str,
+    held_out: StateCache,
+    aside: HeldOut,
+    fit: AdapterFit,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    factor = record["factor"]
+    attached.rescale(name, factor)
+    kept: dict[str, Any] = {"kind": aside.kind, "note": aside.note, "documents": 0, "tokens": 0}
+    helps = True
+    if len(aside.away):
+        of_window = aside.windows.documents[aside.windows.starts[:-1]]
+        rows = torch.isin(of_window, aside.away).nonzero().squeeze(-1)
+        windows, rows = aside.windows, _some(aside.windows, rows, MEASURED)
+        change, documents = _change(model, attached, name, windows, rows)
+        scored = ~change.before.isnan()
+        kept |= change_figures(change.before[scored], change.after[scored], documents[scored])
+        helps = kept["change"] < 0
+    every = torch.arange(len(held_out.windows.starts) - 1)
+    rows = _some(held_out.windows, every, fit.probe)
+    base_text = _change(model, attached, name, held_out.windows, rows)[0].figures()
+    used = budget_share(fit.budget, record.get("drift_base"))
+    return {
+        "factor_budget": factor,
+        "strengths": [1.0],
+        "held_out": kept,
+        "base_text": base_text,
+        "budget_used": used,
+        "budget_why": why_no_more(fit.budget, used, factor_budget=factor, helps=helps),
+        "warnings": [] if helps else [NO_HELP],
+    }
+
+
+# Windows spread evenly over the given ones, of so many tokens in all, about.
+def _some(windows: Windows, rows: Tensor, tokens: int) -> Tensor:
+    held = int(windows.starts.diff()[rows].sum())
+    return rows[spread(len(rows), max(1, math.ceil(tokens * len(rows) / held)))]
+
+
+@torch.no_grad()
+def _change(
+    model: Any, attached: Attached, name: str, windows: Windows, rows: Tensor
+) -> tuple[Change, Tensor]:
+    weight, bias = output_head(model)
+    found, documents = [], []
+    for some in rows.split(8):
+        batch = windows.batch(some)
+        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
+        base = reference(model, hidden_states(model, batch)[batch.mask]).loc
+        move = reference(model, moved[batch.mask]).loc - base
+        at = windows.positions(batch)
+        law = base_law(base, weight=weight, bias=bias)
+        found.append(served_change(law, move, windows.targets[at], weight=weight))
+        documents.append(windows.documents[at])
+    return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
 
 
 @torch.no_grad()
@@ -125,9 +197,8 @@ def meet_adapter(
         `factor`, 0 where none was found that holds; `drift_base` there; `drift_tokens`.
     """
     windows = held_out.windows
-    count = len(windows.starts) - 1
-    wanted = max(1, min(count, math.ceil(probe * count / len(windows.input_ids))))
-    batches = [windows.batch(rows) for rows in torch.linspace(0, count - 1, wanted).long().split(8)]
+    rows = _some(windows, torch.arange(len(windows.starts) - 1), probe)
+    batches = [windows.batch(some) for some in rows.split(8)]
     # Afresh from the backbone: what is cached is rounded to float16.
     before = [hidden_states(model, batch)[batch.mask] for batch in batches]
 
@@ -155,6 +226,7 @@ def learn_adapter(
     window: int = 256,
     tokens: int | None = None,
     cache_folder: str | Path | None = None,
+    sample: bool = True,
     on_step: Step | None = None,
     fit: AdapterFit | None = None,
 ) -> Adapter:
@@ -169,6 +241,7 @@ def learn_adapter(
         window: tokens a context.
         tokens: domain tokens to use at most; as many base tokens are used.
         cache_folder: where hidden states of the base are kept for the next fit.
+        sample: let the adapter carry a few of the documents that were kept aside; not for private text.
         on_step: called with progress.
         fit: options; None takes the defaults.
 
@@ -189,4 +262,7 @@ def learn_adapter(
             model, domain, base, held_out, material.name, chosen, on_step, background=written
         )
     adapter.record["texts"] = material.hashes
-    return adapter
+    if not sample:
+        return adapter
+    kept = hold_out(material.windows[0], chosen.held_out)
+    return replace(adapter, sample=sample_texts(kept, material.documents, reader(model, tokenizer)))

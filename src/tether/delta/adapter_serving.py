@@ -1,9 +1,9 @@
-"""Serve adapters as a fused model: gates, chart and leash as for deltas, on moves that adapters make.
+"""Serve adapters as a fused model: as experts weighted by evidence, or as moves that are added in a chart.
 
 An adapter moves the hidden state z to z'. Through the frozen abduction that is a move of the law of U in the
-same context, so what holds for moves, whoever makes them, holds here: the charts' bounds given each adapter's
-own drift, gates, and the run-time leash. What is missing is a bound before running: an adapter's own drift in a
-context is known only from its pass.
+same context, so what holds for moves, whoever makes them, holds here: what is promised of experts by evidence, the
+charts' bounds given each adapter's own drift, gates, and the run-time leash. What is missing is a bound before
+running: an adapter's own drift in a context is known only from its pass.
 """
 
 import copy
@@ -11,26 +11,34 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tether.cauchy.charts import CHARTS
+from tether.causal.evidence import Rule
 from tether.causal.leash import check_leash
 from tether.causal.loading import load
+from tether.causal.mixture import Mixture
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter import Adapter, Attached
 from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
 from tether.delta.adapter_config import AdaptedConfig
+from tether.delta.adapter_mixture import AdapterMixture
+from tether.delta.adapter_passes import Passes
 from tether.delta.cache import backbone_print
+from tether.delta.fusion import manner
 from tether.delta.gate import describe_gates, put_gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
 __all__ = ["AdaptedForCausalLM", "save_adapted", "serve"]
+
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers whose cache can be cut anywhere, as one must be in which adapters sleep."""
 
 
 class AdaptedForCausalLM(CausalQwenForCausalLM):
@@ -68,15 +76,7 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
             str(beside) if beside.exists() else str(config.base), None if dtype == "auto" else dtype
         )
         loaded = [Adapter.load(folder / name) for name in described["domains"]]
-        leash = described.get("leash") or {"nats": None, "metric": "softmax"}
-        served = serve(
-            base,
-            dict(zip(loaded, described["weights"], strict=True)),
-            chart=described["chart"],
-            gated=described["gated"],
-            leash=leash["nats"],
-            leash_metric=leash["metric"],
-        )
+        served = serve(base, dict(zip(loaded, described["weights"], strict=True)), **_options(described))
         served.config.base = config.base
         served.name_or_path = str(folder)
         return served
@@ -86,54 +86,68 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
 
         Args:
             inputs: as there.
-            num_beams: only 1: beams are reordered in the base's cache, and the adapters' would not follow.
+            num_beams: of a sum only 1: beams are reordered in the base's cache, and the adapters' would not follow.
             options: as there.
 
         Returns:
             As there.
 
         Raises:
-            ConfigError: more than one beam.
+            ConfigError: more than one beam of a sum.
         """
+        if isinstance(self.fusion, Mixture):
+            return super().generate(*inputs, num_beams=num_beams, **options)
         given = [config for config in (options.get("generation_config"), *inputs[1:2]) if config is not None]
         num_beams = max([num_beams, *(getattr(config, "num_beams", None) or 1 for config in given)])
         if num_beams != 1:
             raise ConfigError(
-                f"num_beams={num_beams}: a model with adapters writes with one beam; leave it out"
+                f"num_beams={num_beams}: a sum of adapters writes with one beam; leave it out, or serve by evidence"
             )
         return super().generate(*inputs, **options)
+
+
+_F = TypeVar("_F", AdapterFusion, AdapterMixture)
 
 
 def serve(
     model: CausalQwenForCausalLM,
     adapters: Mapping[Adapter, float],
     *,
-    chart: str = "symmetric",
+    by: str | None = None,
+    rule: Rule | None = None,
+    chart: str | None = None,
     gated: bool | None = None,
     leash: float | None = None,
     leash_metric: str = "softmax",
 ) -> "AdaptedForCausalLM":
     """Put learnt adapters on a model as a fusion; generation, measuring and certifying work as for deltas.
 
-    Cost: 1 + N passes of the backbone a token (two for one adapter, the price of a leash and of gates that read
-    the base's state).
+    Cost of a token: one pass of the backbone and, by evidence, a second one for all adapters together that are awake;
+    a sum makes 1 + N passes.
 
     Args:
         model: the base, without a fusion; it is not touched.
-        adapters: each adapter's weight, finite, any sign.
-        chart: the chart in which their moves are added.
-        gated: whether each adapter acts only where its gate is open; None gates when every adapter has a gate.
-        leash: largest drift of any context, nats, or None.
+        adapters: each adapter's weight: in a sum finite, any sign; by evidence 1.
+        by: `evidence` or `sum`, as of `tether.delta.fusion.fuse`; None takes evidence, or a sum where an option of
+            sums is given (chart, leash).
+        rule: prior, restarts and floor of evidence; None takes the defaults.
+        chart: of a sum, the chart in which their moves are added; None takes `symmetric`.
+        gated: whether each adapter acts only where its gate is open (by evidence: sleeps elsewhere); None gates when
+            every adapter has a gate.
+        leash: of a sum, largest drift of any context, nats, or None.
         leash_metric: `softmax` or `latent`.
 
     Returns:
         The served model, in evaluation mode. Write it with `save_adapted`.
 
     Raises:
-        ConfigError: no adapters, an unknown chart, a weight that is not finite, two of one name, a gate asked
-            for and missing, a leash that means nothing, or a model that is fused already.
+        ConfigError: no adapters, an unknown chart, a weight that is not finite or by evidence not 1, two of one name,
+            a gate asked for and missing, a leash that means nothing, a model that is fused already, or by evidence
+            layers with a state that cannot be cut.
         CheckpointError: an adapter was learnt on another base.
     """
+    by = manner(by, rule, {"chart": chart, "leash": leash})
+    chart = chart or "symmetric"
     if chart not in CHARTS:
         raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
     if leash is not None:
@@ -148,6 +162,8 @@ def serve(
         raise ConfigError(
             f"the model is fused already ({', '.join(model.fusion.domains)}): expected its base"
         )
+    if by == "evidence":
+        _check_experts(model, adapters)
     for adapter in adapters:
         # The backbone alone counts: an adapter gives z', whatever the latent is.
         if adapter.base != backbone_print(model):
@@ -161,21 +177,70 @@ def serve(
             f"{', '.join(ungated)}: no gate in the adapter; learn it with a gate, or serve without"
         )
     described = _describe(adapters, chart, not ungated if gated is None else gated)
-    if leash is not None:
+    if by == "evidence":
+        described = _by_evidence(described, rule or Rule())
+    elif leash is not None:
         described["leash"] = {"nats": leash, "metric": leash_metric}
     with torch.device("meta"):
         served = AdaptedForCausalLM(AdaptedConfig(**model.config.to_dict()))
     served.config.fusion = described
     for part in ("numeric", "abduction", "action"):
         setattr(served, part, getattr(model, part))
-    fusion = _gates(list(adapters), AdapterFusion(model.abduction, described), model.action.weight.device)
     attached = Attached.of(model, {adapter.name: adapter for adapter in adapters})
-    served.backbone = AdaptedBackbone(model.backbone, attached, names, fusion)
-    served.fusion = fusion
+    device = model.action.weight.device
+    if by == "evidence":
+        passes = Passes(attached, names, model.numeric)
+        served.fusion = _gates(list(adapters), AdapterMixture(model.abduction, described, passes), device)
+        served.backbone = model.backbone
+    else:
+        added = AdapterFusion(model.abduction, described)
+        served.fusion = _gates(list(adapters), added, device)
+        served.backbone = AdaptedBackbone(model.backbone, attached, names, added)
     served.generation_config = copy.deepcopy(model.generation_config)
     served.name_or_path = served.config._name_or_path = ""
     served.eval()
     return served
+
+
+def _check_experts(model: CausalQwenForCausalLM, adapters: Mapping[Adapter, float]) -> None:
+    for adapter, weight in adapters.items():
+        if weight != 1 or adapter.strengths != (1.0,):
+            at = f"weight {weight:g}" if weight != 1 else f"strengths {list(adapter.strengths)}"
+            raise ConfigError(
+                f"adapter {adapter.name!r} with {at}: by evidence an adapter takes part whole, since there is no ray "
+                "from the base to it; leave the weight out, or by='sum'"
+            )
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if other := sorted(kinds.difference(ATTENTION)):
+        raise ConfigError(
+            f"layers of kind {', '.join(other)}: adapters that sleep need a cache that can be cut anywhere; serve with "
+            "by='sum'"
+        )
+
+
+def _by_evidence(described: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    described = {key: value for key, value in described.items() if key != "chart"}
+    return described | {
+        "by": "evidence",
+        "strengths": [[1.0]] * len(described["domains"]),
+        "prior": rule.prior,
+        "restarts": list(rule.restarts),
+        "floor": rule.floor,
+    }
+
+
+# Options of `serve` that a description stands for; folders from before there was evidence hold sums.
+def _options(described: Mapping[str, Any]) -> dict[str, Any]:
+    if described.get("by") == "evidence":
+        rule = Rule(
+            prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"]
+        )
+        return {"by": "evidence", "rule": rule, "gated": described["gated"]}
+    leash = described.get("leash") or {"nats": None, "metric": "softmax"}
+    return {
+        "by": "sum", "chart": described["chart"], "gated": described["gated"], "leash": leash["nats"],
+        "leash_metric": leash["metric"],
+    }  # fmt: skip
 
 
 def _describe(adapters: Mapping[Adapter, float], chart: str, gated: bool) -> dict[str, Any]:
@@ -196,7 +261,7 @@ def _describe(adapters: Mapping[Adapter, float], chart: str, gated: bool) -> dic
 
 
 @torch.no_grad()
-def _gates(adapters: list[Adapter], fusion: AdapterFusion, device: torch.device) -> AdapterFusion:
+def _gates(adapters: list[Adapter], fusion: _F, device: torch.device) -> _F:
     if not fusion.gated:
         return fusion
     names = ("gate_center", "gate_whitening", "gate_precision", "gate_threshold")
@@ -218,7 +283,7 @@ def save_adapted(
     *,
     base: str,
 ) -> Path:
-    """Write what `serve` put together: the adapters, their weights, chart, gates and leash; not the base.
+    """Write what `serve` put together: the adapters, how they are fused, and their gates; not the base.
 
     Args:
         served: from `serve`.

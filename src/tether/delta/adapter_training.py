@@ -13,6 +13,7 @@ from tether.delta.adapter import Attached, frozen_twin
 from tether.delta.adapter_drift import adapter_drift, softmax_kl
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, text_inputs
+from tether.delta.held_out import HELD_OUT, check_share
 from tether.delta.objective import full_cross_entropy, output_fisher
 from tether.delta.source import reference
 from tether.delta.training import Step
@@ -45,6 +46,7 @@ class AdapterFit:
         lr: peak learning rate of Adam.
         gate: fit a one-class gate too.
         probe: held-out base tokens on which the budget is met.
+        held_out: share of the domain's tokens that the fit never sees, in [0, 0.5]; see `tether.delta.held_out`.
         seed: of the start and the shuffles.
     """
 
@@ -58,6 +60,7 @@ class AdapterFit:
     lr: float = 1e-3
     gate: bool = True
     probe: int = 2048
+    held_out: float = HELD_OUT
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class AdapterFit:
                 f"rank={self.rank}, alpha={self.alpha}, epochs={self.epochs}, batch={self.batch}, "
                 f"base_batch={self.base_batch}, probe={self.probe}, lr={self.lr}: expected positive numbers"
             )
+        check_share(self.held_out)
         if self.replay is not None and not (math.isfinite(self.replay) and self.replay >= 0):
             raise ConfigError(f"replay={self.replay}: expected a multiplier, finite and >= 0")
         if self.budget is not None and self.budget.penalty is not None:

@@ -29,6 +29,7 @@ class Anchor(NamedTuple):
         base: fingerprint of the backbone.
         layers: middle layers that the features hold.
         background: what the base writes of itself, see `tether.delta.background`; gates are told apart from it.
+        targets: next tokens of `probe`, negative where there is none; None where they are not known.
     """
 
     fitted: Reference
@@ -37,6 +38,7 @@ class Anchor(NamedTuple):
     base: str
     layers: tuple[int, ...] = ()
     background: Tensor | None = None
+    targets: Tensor | None = None
 
 
 def anchor_text(
@@ -74,7 +76,8 @@ def anchor_text(
     weight, bias = output_head(model)
     fisher = output_fisher(weight, fitted.some(tokens).loc, bias)
     written = write_background(model) if background is None else background
-    return Anchor(fitted, probe, fisher, base.base, base.layers, written)
+    targets = held_out.windows.targets[spread(len(held_out.states), MOST)]
+    return Anchor(fitted, probe, fisher, base.base, base.layers, written, targets)
 
 
 def feature_layers(model: Any, features: str) -> tuple[int, ...]:

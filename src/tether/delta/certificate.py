@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.causal.mixture import Mixture
+from tether.delta.account import account
 from tether.delta.continuations import (
     PROMPT,
     Written,
     continue_texts,
+    generated_account,
     generated_part,
     not_drawn,
     prompts,
@@ -28,6 +31,7 @@ from tether.delta.record import (
     is_certificate,
     read,
 )
+from tether.delta.regret import account_figures
 from tether.delta.summary import summarise
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, CheckpointError
@@ -35,7 +39,7 @@ from tether.store.documents import read_documents, text_hash
 from tether.store.hashing import sha256_file
 from tether.store.manifest import versions
 
-__all__ = ["Certificate", "Settings", "certify", "compose", "read", "verify"]
+__all__ = ["Certificate", "Settings", "certify", "compose", "read", "served_variant", "verify"]
 
 ADDED = {1: ("token_law", "leash_pulled", "budgets"), 2: ("budgets",)}
 """Figures that certificates of older schemas do not have."""
@@ -174,26 +178,65 @@ def _figures(
     written: Written | None = None,
 ) -> dict[str, Any]:
     shares = {"quantile": chosen.quantile, "confidence": chosen.confidence}
+    if isinstance(fused.fusion, Mixture):
+        return _by_evidence(fused, windows, begun, chosen, on_step, written, shares)
     figures = summarise(
-        measure(fused, fused.fusion, windows, [_variant(fused)], on_step=on_step), 0, **shares
+        measure(fused, fused.fusion, windows, [served_variant(fused)], on_step=on_step), 0, **shares
     )
     if begun is None:
         return figures
     if written is None:
         written = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
-    result = measure(fused, fused.fusion, text_windows(written), [_variant(fused)], on_step=on_step)
+    result = measure(fused, fused.fusion, text_windows(written), [served_variant(fused)], on_step=on_step)
     own = summarise(generated_part(result, chosen.continuation_tokens), 0, **shares)
+    return figures | {"continuations": own | _texts(written)}
+
+
+def _texts(written: Written) -> dict[str, Any]:
     texts = {"prompt": PROMPT, "ids": written.ids.tolist()}
-    if written.values is not None:
-        texts["values"] = written.values.tolist()
-    return figures | {"continuations": own | texts}
+    return texts if written.values is None else texts | {"values": written.values.tolist()}
+
+
+def _by_evidence(
+    fused: Any,
+    windows: Windows,
+    begun: Written | None,
+    chosen: Settings,
+    on_step: Any,
+    written: Any,
+    shares: Any,
+) -> dict[str, Any]:
+    mixture, numbers = fused.fusion, None
+    if fused.config.num_token_id is not None:
+        numbers = windows.targets[windows.targets >= 0] == fused.config.num_token_id
+    (found,) = account([fused], windows, on_step=on_step)
+    figures = account_figures(mixture, found, numbers=numbers, **shares)
+    if begun is None:
+        return figures
+    if written is None:
+        written = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
+    (found,) = account([fused], text_windows(written), written=PROMPT, on_step=on_step)
+    own = account_figures(mixture, generated_account(found, chosen.continuation_tokens), **shares)
+    # What is promised of regret is promised of text that is given.
+    own.pop("regret")
+    return figures | {"continuations": own | _texts(written)}
 
 
 def _budgeted(fused: Any, row: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(fused.fusion, Mixture):
+        return row
     return row | {"budgets": budget_figures(fused.config.fusion, row["latent_drift"]["mean"])}
 
 
-def _variant(fused: Any) -> Variant:
+def served_variant(fused: Any) -> Variant:
+    """Say how a sum adds its deltas when it is served.
+
+    Args:
+        fused: a fusion by sum.
+
+    Returns:
+        The variant to measure.
+    """
     fusion = fused.fusion
     leash = fusion.leash or (None, "softmax")
     return Variant(tuple(fused.config.fusion["weights"]), fusion.chart, fusion.gated, *leash)

@@ -8,12 +8,23 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tether.causal.losses import IGNORE
+from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise
+from tether.delta.account import Account
 from tether.delta.measure import Measurement
 from tether.delta.windows import Windows, encode
 from tether.errors import ConfigError
 
-__all__ = ["PROMPT", "Written", "continue_texts", "generated_part", "not_drawn", "prompts", "text_windows"]
+__all__ = [
+    "PROMPT",
+    "Written",
+    "continue_texts",
+    "generated_account",
+    "generated_part",
+    "not_drawn",
+    "prompts",
+    "text_windows",
+]
 
 PROMPT = 32
 """Tokens of a document that are given."""
@@ -126,7 +137,11 @@ def not_drawn(model: Any, written: Written, seed: int = 0) -> int:
     wrong = 0
     for row in range(len(ids)):
         device = model.action.weight.device
-        numbers = {} if values is None else {"numeric_values": values[row : row + 1].to(device)}
+        numbers: dict[str, Any] = (
+            {} if values is None else {"numeric_values": values[row : row + 1].to(device)}
+        )
+        if isinstance(model.fusion, Mixture):
+            numbers["written_from"] = PROMPT
         output = model(input_ids=ids[row : row + 1].to(device), **numbers)
         scores = output.logits[0, PROMPT - 1 : -1]
         if values is not None:
@@ -164,6 +179,32 @@ def text_windows(written: Written) -> Windows:
     return Windows(ids.flatten(), targets.flatten(), documents, starts, flat)
 
 
+def _generated(result: Measurement | Account, length: int) -> Tensor:
+    count = len(result.documents) // int(result.documents.max() + 1)
+    place = torch.arange(len(result.documents)) % count
+    return (place >= count - 1 - length) & (place < count - 1)
+
+
+def generated_account(result: Account, length: int) -> Account:
+    """Keep the contexts in which generated tokens were drawn.
+
+    Args:
+        result: accounted on `text_windows`.
+        length: tokens generated in each text.
+
+    Returns:
+        The account of those contexts.
+    """
+    kept = _generated(result, length)
+    of_scored = {"base_nll", "nll", "gain"}
+    return Account(
+        **{
+            name: values[kept[result.scored]] if name in of_scored else values[kept]
+            for name, values in result._asdict().items()
+        }
+    )
+
+
 def generated_part(result: Measurement, length: int) -> Measurement:
     """Keep the contexts in which generated tokens were drawn.
 
@@ -174,9 +215,7 @@ def generated_part(result: Measurement, length: int) -> Measurement:
     Returns:
         The measurement of those contexts.
     """
-    count = len(result.documents) // int(result.documents.max() + 1)
-    place = torch.arange(len(result.documents)) % count
-    kept = (place >= count - 1 - length) & (place < count - 1)
+    kept = _generated(result, length)
     of_scored = kept[result.scored]
     return Measurement(
         documents=result.documents[kept],

@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from tether.delta.gate import Gate
+from tether.delta.held_out import SAMPLE_BYTES, SAMPLE_DOCUMENTS
+from tether.delta.strength import STRENGTHS
 from tether.errors import CheckpointError
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "check_carried"]
 
 FORMAT = 2
 """2: may read states of middle layers."""
@@ -35,6 +37,8 @@ class Delta:
         record: how it was learnt: budget, metric, figures, hashes of the texts, versions.
         path: the file it was read from or saved to.
         layers: the L middle layers it reads beside the last hidden state, see `tether.causal.features`.
+        sample: a few documents of the domain that it was not learnt from, see `tether.delta.held_out`; may be
+            none.
     """
 
     name: str
@@ -46,6 +50,15 @@ class Delta:
     record: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     layers: tuple[int, ...] = ()
+    sample: tuple[str, ...] = ()
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths, relative to its heads, at which it takes part where deltas are weighted by evidence.
+
+        Ascending, each in (0, 1]; a half and the whole where the record says nothing.
+        """
+        return tuple(self.record.get("strengths", STRENGTHS))
 
     def save(self, path: str | Path) -> "Delta":
         """Write the delta as one safetensors file, whole or not at all.
@@ -69,6 +82,7 @@ class Delta:
             "chart": self.chart,
             "base": self.base,
             "record": self.record,
+            "sample": list(self.sample),
         }
         write_safetensors(
             path, {k: v.contiguous() for k, v in tensors.items()}, {"tether.delta": json.dumps(described)}
@@ -86,7 +100,8 @@ class Delta:
             The delta.
 
         Raises:
-            CheckpointError: the file is missing, damaged, not a delta, or of a newer format.
+            CheckpointError: the file is missing, damaged, not a delta, or of a newer format, or its strengths or
+                its sample are out of bounds.
         """
         path = Path(path)
         reader = CheckpointReader(path)
@@ -112,6 +127,7 @@ class Delta:
             raise CheckpointError(
                 f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
             )
+        check_carried(path, described["record"], described.get("sample", []))
         tensors = {name: reader.tensor(name) for name in reader.names}
         _check_tensors(path, tensors)
         gated = "gate.center" in tensors
@@ -126,7 +142,45 @@ class Delta:
             record=described["record"],
             path=path,
             layers=tuple(described.get("layers", ())),
+            sample=tuple(described.get("sample", ())),
         )
+
+
+def check_carried(path: Path, record: Any, sample: Any) -> None:
+    """Check what a delta or an adapter says of its strengths and carries of its domain.
+
+    Args:
+        path: where it was read from.
+        record: its record.
+        sample: its sample.
+
+    Raises:
+        CheckpointError: the record is no mapping, its strengths are no ascending numbers in (0, 1], or the
+            sample is no list of texts within `SAMPLE_DOCUMENTS` and `SAMPLE_BYTES`.
+    """
+    wrong = None
+    if not isinstance(record, dict):
+        wrong = "its record is no mapping"
+    elif not _ascending(record.get("strengths", list(STRENGTHS))):
+        wrong = f"strengths {record['strengths']!r} in its record are no ascending numbers in (0, 1]"
+    elif not (isinstance(sample, list) and all(isinstance(text, str) for text in sample)):
+        wrong = "its sample is no list of texts"
+    elif len(sample) > SAMPLE_DOCUMENTS or sum(_bytes(text) for text in sample) > SAMPLE_BYTES:
+        wrong = f"its sample is above {SAMPLE_DOCUMENTS} texts or {SAMPLE_BYTES} bytes"
+    if wrong:
+        raise CheckpointError(f"{path}: damaged, {wrong}; take another copy, or learn it again")
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
+
+
+def _ascending(strengths: Any) -> bool:
+    if not isinstance(strengths, list) or not strengths:
+        return False
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in strengths):
+        return False
+    return all(0 < value <= 1 for value in strengths) and strengths == sorted(set(strengths))
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -168,6 +168,10 @@ def _obstacles(fusion: Fusion, active: list[int]) -> list[str]:
     if described.get("kind") == "adapters":
         # Their folders are what plain PEFT reads, and there is no move of the head to look at.
         return ["adapters in the backbone: their folders are PEFT's already; load or merge them there"]
+    if described.get("by") == "evidence":
+        return [
+            "experts weighted by evidence: one set of weights holds no mixture; fuse with --by sum --no-gate"
+        ]
     if fusion.gated:
         reasons.append("gates: each delta acts only in some contexts; fuse with --no-gate")
     if described.get("leash") is not None:

@@ -7,39 +7,53 @@ from typing import Any
 import torch
 
 from tether.cauchy.charts import CHARTS
+from tether.causal.evidence import Rule
 from tether.causal.fingerprint import fingerprint
 from tether.causal.fused import Fusion
 from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.routed import make_fusion
 from tether.delta.cache import latent_print
 from tether.delta.delta import Delta
 from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["BY", "fuse", "manner", "unfuse"]
+
+
+BY = ("evidence", "sum")
+"""Experts weighted by evidence, or moves added in a chart."""
 
 
 def fuse(
     model: CausalQwenForCausalLM,
     deltas: Mapping[Delta, float],
     *,
-    chart: str = "symmetric",
+    by: str | None = None,
+    rule: Rule | None = None,
+    chart: str | None = None,
     gated: bool | None = None,
-    gate: str = "one-class",
+    gate: str | None = None,
     leash: float | None = None,
     leash_metric: str = "softmax",
     allowance: Mapping[str, Any] | None = None,
 ) -> CausalQwenForCausalLM:
-    """Add weighted deltas to a model.
+    """Combine deltas in a model.
 
-    The result shares backbone, abduction and action with `model`: nothing is copied but the deltas.
+    By `evidence` the base and each delta alone, at the strengths that its file names, are experts, weighted by how
+    well they predicted the text so far (`tether.causal.evidence`). By `sum` the deltas' moves are added, as the source
+    document does. The result shares backbone, abduction and action with `model`: nothing is copied but the deltas.
 
     Args:
         model: the base, without a fusion.
-        deltas: each delta's weight, finite, any sign.
-        chart: the chart in which they are added: `linear`, `symmetric`, `geodesic` or `rootkl`.
-        gated: whether each delta acts only where its gate is open; None gates when every delta has a gate.
-        gate: `one-class`, or `softmax`, which shares a context among the open gates; see
+        deltas: each delta's weight, finite, any sign. In a sum it multiplies the move; by evidence it multiplies the
+            strengths, and is not 0.
+        by: `evidence` or `sum`; None takes evidence, or a sum where an option of sums is given (chart, gate, leash).
+        rule: prior, restarts and floor of evidence; None takes the defaults.
+        chart: of a sum, the chart in which they are added: `linear`, `symmetric` (the default), `geodesic`, `rootkl`.
+        gated: whether each delta acts only where its gate is open (by evidence: sleeps elsewhere); None gates when
+            every delta has a gate.
+        gate: of a sum, `one-class`, or `softmax`, which shares a context among the open gates; see
             `tether.causal.gates.GATES`.
         leash: largest drift allowed in any context, nats, > 0; contexts beyond it are pulled back when the
             model runs (`tether.causal.leash`). None lets them drift.
@@ -56,6 +70,8 @@ def fuse(
             name, a gate asked for and missing, or a model that is fused already.
         CheckpointError: a delta was learnt on another base.
     """
+    by = manner(by, rule, {"chart": chart, "gate": gate, "leash": leash})
+    chart, gate = chart or "symmetric", gate or "one-class"
     if leash is not None:
         check_leash(leash, leash_metric)
     if chart not in CHARTS:
@@ -70,6 +86,10 @@ def fuse(
     for delta, weight in deltas.items():
         if not abs(weight) <= torch.finfo(torch.float32).max:
             raise ConfigError(f"weight of {delta.name!r} is {weight}: expected a finite number of 32 bits")
+        if by == "evidence" and weight == 0:
+            raise ConfigError(
+                f"weight of {delta.name!r} is 0: by evidence it multiplies strengths; leave the delta out"
+            )
     names = [delta.name for delta in deltas]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -101,16 +121,19 @@ def fuse(
     gated = not ungated if gated is None else gated
     config = copy.deepcopy(model.config)
     config.fusion = _describe(deltas, chart, gated)
-    if gated:
-        config.fusion["gate"] = gate
-    config.fusion["leash"] = None if leash is None else {"nats": float(leash), "metric": leash_metric}
+    if by == "evidence":
+        config.fusion = _by_evidence(config.fusion, deltas, rule or Rule())
+    else:
+        if gated:
+            config.fusion["gate"] = gate
+        config.fusion["leash"] = None if leash is None else {"nats": float(leash), "metric": leash_metric}
     config.fusion["allowance"] = None if allowance is None else dict(allowance)
     with torch.device("meta"):
         fused = CausalQwenForCausalLM(config)
     for name in ("backbone", "numeric", "abduction", "action"):
         setattr(fused, name, getattr(model, name))
     head = model.abduction.loc
-    fused.fusion = _stack(list(deltas), Fusion(head.in_features, head.out_features, config.fusion)).to(
+    fused.fusion = _stack(list(deltas), make_fusion(head.in_features, head.out_features, config.fusion)).to(
         head.weight.device
     )
     fused.generation_config = copy.deepcopy(model.generation_config)
@@ -118,6 +141,46 @@ def fuse(
     fused.name_or_path = config._name_or_path = ""
     fused.eval()
     return fused
+
+
+def manner(by: str | None, rule: Rule | None, of_sums: Mapping[str, Any]) -> str:
+    """Find out whether a fusion is by evidence or a sum.
+
+    Args:
+        by: what was asked for, or None.
+        rule: of evidence, or None.
+        of_sums: options of sums by name, None where not given.
+
+    Returns:
+        One of `BY`.
+
+    Raises:
+        ConfigError: an unknown manner, or options of the other one.
+    """
+    given = [name for name, value in of_sums.items() if value is not None]
+    by = by or ("sum" if given else "evidence")
+    if by not in BY:
+        raise ConfigError(f"by={by!r}: expected one of {', '.join(BY)}")
+    if by == "evidence" and given:
+        raise ConfigError(
+            f"{', '.join(given)} with by='evidence': options of sums; leave them out, or by='sum'"
+        )
+    if by == "sum" and rule is not None:
+        raise ConfigError("a rule of evidence with a sum: leave it out, or the options of sums")
+    return by
+
+
+def _by_evidence(described: dict[str, Any], deltas: Mapping[Delta, float], rule: Rule) -> dict[str, Any]:
+    described = {key: value for key, value in described.items() if key != "chart"}
+    strengths = [[weight * strength for strength in delta.strengths] for delta, weight in deltas.items()]
+    return described | {
+        "by": "evidence",
+        "weights": [1.0] * len(strengths),  # they are in the strengths
+        "strengths": strengths,
+        "prior": rule.prior,
+        "restarts": list(rule.restarts),
+        "floor": rule.floor,
+    }
 
 
 def _check_widths(model: Any, deltas: Mapping[Delta, float]) -> None:
@@ -233,6 +296,9 @@ def _delta(model: CausalQwenForCausalLM, fusion: Fusion, row: int) -> Delta:
     ]
     heads = [torch.cat([head[:, size * n : size * (n + 1)] for n in (0, *read)], dim=1) for head in heads]
     gate = take_gate(fusion, row) if fusion.gated else None
+    record = dict(fusion.description["budgets"][row])
+    if "strengths" in fusion.description:
+        record["strengths"] = list(fusion.description["strengths"][row])
     return Delta(
         name=fusion.domains[row],
         chart=fusion.native[row],
@@ -240,6 +306,6 @@ def _delta(model: CausalQwenForCausalLM, fusion: Fusion, row: int) -> Delta:
         second=heads[0],
         gate=gate,
         base=str(model.config.base_fingerprint),
-        record=dict(fusion.description["budgets"][row]),
+        record=record,
         layers=tuple(fusion.layers[number - 1] for number in read),
     )

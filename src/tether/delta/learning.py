@@ -1,28 +1,30 @@
 """Learn a domain as a delta of the abduction head, from cached states, under a drift budget."""
 
-import itertools
-import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tether.causal.fingerprint import fingerprint
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
 from tether.delta.basis import middle_basis
-from tether.delta.budget import AIM, Budget, meet_budget
+from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, latent_print
 from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
-from tether.delta.head import METRICS, Head, Reference, token_drift
+from tether.delta.head import METRICS
+from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
-from tether.delta.source import PIECE, Source, reference, set_aside, spread
+from tether.delta.outcome import NO_HELP, budget_share, why_no_more
+from tether.delta.ray import MEASURED, Needs, Ray
+from tether.delta.source import Source, reference, set_aside, spread
+from tether.delta.strength import STRENGTHS, change_figures
 from tether.delta.training import Aside, Fit, Step, Training
+from tether.delta.windows import reader
 from tether.errors import ConfigError
 from tether.store.documents import read_documents
 from tether.store.manifest import versions
@@ -43,13 +45,15 @@ def fit_delta(
 ) -> Delta:
     """Fit one delta from cached states; the model itself is not touched.
 
-    Minimises domain NLL subject to drift on base text at most the budget: dual ascent on a multiplier
-    during the fit, then one factor on the delta so that the drift *measured* on held-out base text is within
-    5 % below the budget. In metric `softmax` the constraint inside the fit is the Fisher form, calibrated
-    once by a measured KL on the way. A hard budget is met on every training context instead.
+    A part of the domain's text is kept aside first. On the rest domain NLL is minimised subject to drift on base
+    text at most the budget: dual ascent on a multiplier during the fit, then one factor on the delta so that the
+    drift *measured* on held-out base text is within 5 % below the budget. In metric `softmax` the constraint
+    inside the fit is the Fisher form, calibrated once by a measured KL on the way. A hard budget is met on every
+    training context instead. Last, the share of that factor is taken that has the least loss on the part kept
+    aside; it is never more than the whole, so the drift stays within the budget.
 
-    Cost: epochs x tokens x (candidates + sampled) x C for the loss, and probe x V x C for each of two or
-    three full-softmax measurements.
+    Cost: epochs x tokens x (candidates + sampled) x C for the loss, probe x V x C for each of two or three
+    full-softmax measurements of the drift, and `MEASURED` x V x C for each of four to seven of the loss.
 
     Args:
         model: the base.
@@ -60,7 +64,7 @@ def fit_delta(
         on_step: called with step, steps, nll, drift and multiplier, and held_out where documents are aside.
 
     Returns:
-        The delta with its record.
+        The delta with its record, without a sample.
 
     Raises:
         CheckpointError: states of another backbone than the model's, or of other layers than the anchor's.
@@ -72,8 +76,11 @@ def fit_delta(
     started = time.process_time()
     generator = torch.Generator().manual_seed(fit.seed)
     weight, bias = output_head(model)
-    stay, away = set_aside(domain.windows.documents, fit.aside)
-    basis = middle_basis(domain)
+    held_out = hold_out(domain.windows, fit.held_out)
+    own = leave_out(domain, held_out)
+    domain = domain._replace(windows=held_out.windows)
+    stay, away = set_aside(own.windows.documents, fit.aside)
+    basis = middle_basis(own)
     anchor = anchor._replace(fitted=basis.reduce(anchor.fitted), probe=basis.reduce(anchor.probe))
     source = Source(model, domain, stay, basis)
     aside = Source(model, domain, away, basis) if len(away) else None
@@ -86,7 +93,7 @@ def fit_delta(
         some = spread(len(aside), 2 * fit.probe)
         watched = Aside(aside.take(some), aside.targets[some])
     training = Training(fit, source, anchor, loss, generator, watched)
-    needs = _Needs(weight, anchor.fisher, bias)
+    needs = Needs(weight, anchor.fisher, bias)
     some_base = training.watched.some(fit.probe // 3)
     head = training.run(
         lambda head: float(fit.budget.statistic(needs.drift("softmax", head, some_base))), on_step
@@ -113,15 +120,17 @@ def fit_delta(
         },
         "versions": versions(),
     }
-    if fit.budget.value is not None:
-        head, met = _meet(head, source, anchor, fit, needs)
-        record |= met
+    unseen = Source(model, domain, held_out.away, basis) if len(held_out.away) else None
+    ray = Ray(head, source, anchor, fit.budget, fit.probe, needs)
+    factor, found = _strength(ray, unseen, held_out)
+    record |= found
+    head = head.scaled(factor)
     # What a plan of a fusion needs, whatever the budget is in: `tether.delta.planned`.
     record["latent_base"] = float(needs.drift("latent", head, anchor.probe.some(fit.probe)).mean())
     few = source.some(fit.probe // 6)
     record["drift_domain"] = {metric: float(needs.drift(metric, head, few).mean()) for metric in METRICS}
     head = basis.expand(head)
-    gate = fit_gate(domain, background=anchor.background) if fit.gate else None
+    gate = fit_gate(own, background=anchor.background) if fit.gate else None
     record["cpu_seconds"] = time.process_time() - started
     return Delta(
         name=name,
@@ -135,55 +144,35 @@ def fit_delta(
     )
 
 
-class _Needs(NamedTuple):
-    """What drifts are computed from."""
-
-    weight: Tensor
-    fisher: Tensor
-    bias: Tensor | None
-
-    def drift(self, metric: str, head: Head, at: Reference) -> Tensor:
-        return token_drift(metric, head, at, **self._asdict())
-
-
-def _meet(head: Head, source: Source, anchor: Anchor, fit: Fit, needs: _Needs) -> tuple[Head, dict[str, Any]]:
-    budget, metric = fit.budget, fit.budget.metric
-    held_out = anchor.probe.some(fit.probe) if metric == "softmax" else anchor.probe
-
-    def probe() -> Iterable[Reference]:
-        if not budget.hard:
-            return [held_out]
-        # Every training context, a piece at a time: of a large text they are on disk.
-        pieces = torch.arange(len(source)).split(PIECE)
-        return itertools.chain((source.take(piece) for piece in pieces), [anchor.fitted])
-
-    def drift(metric: str, factor: float, at: Iterable[Reference]) -> float:
-        scaled = head.scaled(factor)
-        return float(budget.statistic(torch.cat([needs.drift(metric, scaled, piece) for piece in at])))
-
-    # Each full measurement is dear. How fast drift grows along the ray is learnt from a cheap form of it, and
-    # where to begin from a third of the tokens, corrected by what that form says those are of the whole.
-    inner = "latent" if metric == "latent" else "fisher"
-    full, less = drift(inner, 1.0, probe()), drift(inner, 0.9, probe())
-    power = math.log(full / less) / math.log(1 / 0.9) if min(full, less) > 0 else 2.0
-    value = budget.value or 0.0
-    some = held_out
-    if budget.hard:
-        some = source.some(len(source) * fit.probe // (len(source) + len(anchor.fitted.states)) + 1)
-    third = [some.some(max(1, min(fit.probe, len(some.states)) // 3))]
-    rough = drift(metric, 1.0, third) * full / max(drift(inner, 1.0, third), 1e-30)
-    start = (AIM * value / rough) ** (1 / max(power, 0.5)) if rough > 0 else 1.0
-    met = meet_budget(
-        lambda factor: drift(metric, factor, probe()),
-        value,
-        start=start,
-        power=power,
-        ceiling=budget.stretch,
-        tries=40 if metric == "latent" else 8,
-    )
-    tokens = len(source) + len(anchor.fitted.states) if budget.hard else len(held_out.states)
-    figures = {"factor": met.scale, "drift_base": met.drift, "drift_tokens": tokens}
-    return head.scaled(met.scale), figures
+# The factor of a learnt delta, and what its record says of it.
+def _strength(ray: Ray, unseen: Source | None, held_out: HeldOut) -> tuple[float, dict[str, Any]]:
+    budget = ray.budget
+    largest = 1.0 if budget.value is None else ray.meet().scale
+    share, helps = 1.0, True
+    kept: dict[str, Any] = {"kind": held_out.kind, "note": held_out.note, "documents": 0, "tokens": 0}
+    if unseen is not None:
+        some = spread(len(unseen), MEASURED)
+        at, targets, documents = unseen.take(some), unseen.targets[some], unseen.documents[some]
+        found = ray.strength(at, targets, largest)
+        share, helps = found.share, found.helps
+        kept |= change_figures(found.nll[0.0], found.nll[share], documents)
+        kept["looked"] = [{"factor": part * largest, "nll": nll} for part, nll in found.looked.items()]
+    factor = share * largest
+    figures: dict[str, Any] = {
+        "factor": factor,
+        "factor_budget": largest,
+        "strengths": list(STRENGTHS),
+        "held_out": kept,
+        "base_text": ray.change(factor).figures(),
+    }
+    drift = None
+    if budget.value is not None:
+        drift = ray.limited(factor)
+        figures |= {"drift_base": drift, "drift_tokens": ray.tokens}
+    used = budget_share(budget, drift)
+    why = why_no_more(budget, used, factor_budget=largest, share=share, helps=helps)
+    figures |= {"budget_used": used, "budget_why": why, "warnings": [] if helps else [NO_HELP]}
+    return factor, figures
 
 
 def check_options(
@@ -235,6 +224,7 @@ def learn_delta(
     window: int = 256,
     tokens: int | None = None,
     cache_folder: str | Path | None = None,
+    sample: bool = True,
     on_step: Step | None = None,
     **options: Any,
 ) -> Delta:
@@ -253,9 +243,10 @@ def learn_delta(
         window: tokens a context.
         tokens: domain tokens to use at most, up to a window; as many base tokens are used.
         cache_folder: where hidden states are kept for the next fit; None keeps them only for this call.
+        sample: let the delta carry a few of the documents that were kept aside; not for private text.
         on_step: called with progress.
         options: other fields of `Budget` and `Fit`: `features="multi"`, `location_only=True`, `quantile=0.95`,
-            `aside=0.1` and so on.
+            `held_out=0.2`, `aside=0.1` and so on.
 
     Returns:
         The delta; `save` writes it.
@@ -275,4 +266,7 @@ def learn_delta(
         delta = fit_delta(model, domain, anchor, material.name, fit, on_step)
     delta.record["texts"] = material.hashes
     delta.record["window"] = window
-    return delta
+    if not sample:
+        return delta
+    kept = hold_out(material.windows[0], fit.held_out)
+    return replace(delta, sample=sample_texts(kept, material.documents, reader(model, tokenizer)))

@@ -12,9 +12,12 @@ from tether.cauchy.charts import CHARTS, from_chart, to_chart
 from tether.cauchy.divergence import drift
 from tether.causal.fused import Fusion
 from tether.causal.leash import METRICS
+from tether.causal.mixture import Mixture
+from tether.delta.account import account
 from tether.delta.cache import hidden_states
 from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
+from tether.delta.regret import account_figures
 from tether.delta.shares import shares
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, ConfigError
@@ -85,6 +88,8 @@ def keep_ledger(
     Returns:
         JSON-able figures, means over contexts, latent drift in nats unless said otherwise:
 
+        For a fusion by evidence what `tether.delta.regret.account_figures` gives. For a sum:
+
         - `domains`: for each its weight, budget, how often its gate is open, `alone` (its drift at its weight),
           `share` (they add up to the fusion's drift), `removal` (by how much its removal lowers the drift);
         - `interactions`: for each pair what both together drift beyond the sum of each alone;
@@ -106,6 +111,18 @@ def keep_ledger(
         raise ConfigError(f"another delta of drift {next_drift}: expected nats, >= 0")
     documents = read_documents(text) if isinstance(text, str | Path) else list(text)
     windows = window_text(documents, reader(fused, tokenizer), length=window, tokens=tokens)
+    if isinstance(fusion, Mixture):
+        if next_drift is not None:
+            raise ConfigError(
+                "another delta's drift of a fusion by evidence: by evidence a further expert adds at most its own "
+                "drift times its weight in a context; leave it out"
+            )
+        (found,) = account([fused], windows, on_step=on_step)
+        return {
+            "by": "evidence",
+            "allowance": fused.config.fusion.get("allowance"),
+            **account_figures(fusion, found),
+        }
     sums = _accumulate(fused, fusion, windows, next_drift)
     count = len(windows.input_ids)
     mean: dict[str, Any] = {name: (value / count).tolist() for name, value in sums.items()}
@@ -156,6 +173,10 @@ def _ratio(allowed: float, measured: float) -> dict[str, float]:
 
 
 def _measured(fused: Any, windows: Windows, on_step: Any) -> dict[str, float]:
+    if isinstance(fused.fusion, Mixture):
+        (found,) = account([fused], windows, on_step=on_step)
+        means = {"softmax": found.softmax_kl, "latent": found.latent_drift}
+        return {name: float(values.double().mean()) for name, values in means.items()} | {"pulled": 0.0}
     fusion = fused.fusion
     leash = fusion.leash or (None, "softmax")
     variant = Variant(fusion.weights, fusion.chart, fusion.gated, *leash)
@@ -270,6 +291,6 @@ def check_allowance(
     if not mean <= limit.nats:
         raise CertificateError(
             f"{' + '.join(fused.fusion.domains)}: mean {limit.metric} drift {mean:.5g} nats on this text, "
-            f"{limit.nats:g} allowed; lower a weight, remove a domain, or put the fusion on a leash"
+            f"{limit.nats:g} allowed; lower a weight, remove a domain, or raise what is allowed"
         )
     return mean

@@ -26,11 +26,13 @@ class Material(NamedTuple):
         name: of the domain.
         windows: of the domain's text, of base text for the fit, and of base text to meet the budget on.
         hashes: of the documents, under `domain` and `base`.
+        documents: of the domain, as its windows number them.
     """
 
     name: str
     windows: tuple[Windows, Windows, Windows]
     hashes: dict[str, str]
+    documents: Sequence[str] = ()
 
 
 def gather(
@@ -88,7 +90,7 @@ def gather(
         check_windows(len(domain.starts) - 1)
     called = Path(texts).stem if isinstance(texts, str | Path) else "domain"
     hashes = {"domain": text_hash(own), "base": text_hash(base)}
-    return Material(name or called, (domain, fitted, held_out), hashes)
+    return Material(name or called, (domain, fitted, held_out), hashes, own)
 
 
 def check_plain(model: Any) -> None:

@@ -23,9 +23,9 @@ __all__ = [
     "read",
 ]
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
-5: the dtype; in half precision figures count how what is served is rounded."""
+5: the dtype; in half precision figures count how what is served is rounded. 6: fusions by evidence."""
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 """In which a model may have been measured."""
@@ -44,6 +44,14 @@ CLAIMS = (
     "not hold for softmax sampling, whose measured KL is softmax_kl.",
     "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
     "1); leash_pulled is the share of contexts here that it held back.",
+    "regret, worst_token and parts are of fusions by evidence, with the prior, restarts and floor that the fusion "
+    "states. regret: on any text whatever, served from its beginning, the loss of all its tokens exceeds the base's, "
+    "and that of each domain's experts where they are awake, by at most what is allowed; each pair is measured and "
+    "allowed for one document, whose windows are served as texts of their own.",
+    "worst_token: in any context whatever the loss of a token exceeds the base's by at most the logarithm of 1 / "
+    "weight of the base there (before sampling is cut off); what the fusion adds is not bounded.",
+    "parts: in any context whatever softmax_kl is at most the weighted mean of KL(base || expert); this does not carry "
+    "over to means over contexts of one expert alone. latent_drift is the weighted mean of the experts' own.",
     "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
     "at temperature 1 with the seed stated, after the first tokens of documents.",
 )
@@ -54,6 +62,7 @@ OLDER_CLAIMS = {
     2: "51ef1ea136640f1304b9e9789f8e78c43021835d26697b5fb552fe707371e639",
     3: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
     4: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
+    5: "81091fbfe75211984466e191b45c9748bfd2260d811f5f7e8103caaacec49cf7",
 }
 """Hashes of the claims of older schemas."""
 

@@ -10,7 +10,7 @@ from tether.delta.token_law import token_law_figures
 from tether.errors import CertificateError
 from tether.stats import bootstrap_mean, quantile_upper_bound, samples_needed
 
-__all__ = ["summarise"]
+__all__ = ["mean_figures", "spread_figures", "summarise"]
 
 TOLERANCE = 1e-5
 """Relative rounding allowed when a float32 drift, a sum over hundreds of dimensions, meets its bound."""
@@ -43,9 +43,9 @@ def summarise(
         "documents": int(np.unique(documents).size),
         "nll_base": float(result.base_nll.double().mean()),
         "nll": float(result.nll[row].double().mean()),
-        "nll_change": _mean(result.nll[row] - result.base_nll, documents[scored], confidence),
-        "softmax_kl": _spread(kl, documents, quantile, confidence),
-        "latent_drift": _spread(drift, documents, quantile, confidence),
+        "nll_change": mean_figures(result.nll[row] - result.base_nll, documents[scored], confidence),
+        "softmax_kl": spread_figures(kl, documents, quantile, confidence),
+        "latent_drift": spread_figures(drift, documents, quantile, confidence),
         "bound": {
             "contexts": len(documents),
             "violations": int(violated.sum()),
@@ -60,7 +60,17 @@ def summarise(
     }
 
 
-def _mean(values: Tensor, documents: Any, confidence: float) -> dict[str, float | None]:
+def mean_figures(values: Tensor, documents: Any, confidence: float) -> dict[str, float | None]:
+    """Give a mean with its interval over the draw of documents.
+
+    Args:
+        values: shape (n,).
+        documents: document of each, shape (n,).
+        confidence: of the interval.
+
+    Returns:
+        mean, low and high; the last two None where there is one document.
+    """
     double = values.double().numpy()
     if len(np.unique(documents)) < 2:
         # One document says nothing about how documents differ.
@@ -69,8 +79,19 @@ def _mean(values: Tensor, documents: Any, confidence: float) -> dict[str, float 
     return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
 
 
-def _spread(values: Tensor, documents: Any, quantile: float, confidence: float) -> dict[str, Any]:
-    figures: dict[str, Any] = _mean(values, documents, confidence)
+def spread_figures(values: Tensor, documents: Any, quantile: float, confidence: float) -> dict[str, Any]:
+    """Give a mean, quantiles of the values, and the certified quantile of the documents' means.
+
+    Args:
+        values: shape (n,).
+        documents: document of each, shape (n,).
+        quantile: share of documents that the certified bound must cover.
+        confidence: of the interval and of the certified bound.
+
+    Returns:
+        mean, low, high, p99, max and documents.
+    """
+    figures: dict[str, Any] = mean_figures(values, documents, confidence)
     double = values.double().numpy()
     figures |= {"p99": float(np.quantile(double, 0.99)), "max": float(double.max())}
     totals = np.bincount(documents, weights=double)

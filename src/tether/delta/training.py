@@ -13,6 +13,7 @@ from tether.cauchy.divergence import drift
 from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget
 from tether.delta.head import Head, Reference, ray_share, token_drift
+from tether.delta.held_out import HELD_OUT, check_share
 from tether.delta.objective import CandidateSoftmax, full_cross_entropy
 from tether.delta.source import Source
 from tether.errors import ConfigError
@@ -53,8 +54,10 @@ class Fit:
         candidates: classes kept exactly in the training loss.
         sampled: other classes drawn each step.
         probe: tokens for the Fisher and for each full-softmax measurement.
-        aside: share of the domain's documents on which the fit is watched, in [0, 1); 0 turns early stopping
-            off.
+        held_out: share of the domain's tokens that the fit never sees, in [0, 0.5]; the delta's strength is
+            chosen there (`tether.delta.held_out`). 0 learns from everything and takes the budget's strength.
+        aside: share of the documents that are left on which the fit is watched, in [0, 1); 0 turns early
+            stopping off.
         patience: looks without a better loss after which the fit stops.
         seed: of the shuffles and draws.
     """
@@ -71,6 +74,7 @@ class Fit:
     candidates: int = 2048
     sampled: int = 512
     probe: int = 1536
+    held_out: float = HELD_OUT
     aside: float = 0.0
     patience: int = 8
     seed: int = 0
@@ -97,6 +101,7 @@ class Fit:
             )
         if not 0 <= self.aside < 1:
             raise ConfigError(f"aside={self.aside}: expected a share of the documents in [0, 1)")
+        check_share(self.held_out)
 
 
 class Aside(NamedTuple):

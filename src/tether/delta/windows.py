@@ -105,6 +105,7 @@ def window_text(
     per_document: int | None = None,
     name: str = "the text",
     whole: bool = False,
+    short: bool = False,
 ) -> Windows:
     """Tokenise documents and cut them into windows that never cross a document.
 
@@ -116,6 +117,7 @@ def window_text(
         per_document: windows taken of one document at most; None takes all.
         name: what to call the text in an error.
         whole: keep the document that reaches `tokens` whole, as certificates of schema 3 and below did.
+        short: take a text that is shorter than one window too, of at least one document of the shortest length.
 
     Returns:
         The windows.
@@ -128,12 +130,12 @@ def window_text(
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
     pieces: list[tuple[int, list[int], list[float]]] = []
-    total = short = read = 0
+    total = skipped = read = 0
     for number, document in enumerate(documents):
         ids, values = encode(tokenizer, document)
         cuts = [(ids[at : at + length], values[at : at + length]) for at in range(0, len(ids), length)]
         kept = [cut for cut in cuts if len(cut[0]) >= min(SHORTEST, length)][:per_document]
-        read, short = read + 1, short + (not kept)
+        read, skipped = read + 1, skipped + (not kept)
         for cut in kept:
             pieces.append((number, *cut))
             total += len(cut[0])
@@ -141,16 +143,16 @@ def window_text(
                 break
         if tokens is not None and total >= tokens:
             break
-    if total < length:
+    if total < (min(SHORTEST, length) if short else length):
         raise ConfigError(
             f"{name} gives {total} tokens in windows of at least {min(SHORTEST, length)}: expected at least one "
             f"context of {length}; give more text"
         )
-    if short:
+    if skipped:
         logger.warning(
             "%s: %d of %d documents are shorter than %d tokens and left out",
             name,
-            short,
+            skipped,
             read,
             min(SHORTEST, length),
         )

@@ -12,6 +12,7 @@ import torch
 
 from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
+from tether.delta.account import account
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states, load_states
 from tether.delta.certificate import Settings, compose
@@ -19,6 +20,7 @@ from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import Anchor, anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
+from tether.delta.regret import account_figures
 from tether.delta.summary import summarise
 from tether.delta.training import Fit
 from tether.delta.windows import window_text
@@ -176,24 +178,35 @@ class _Demo:
 
     def measure(self, name: str) -> tuple[list[Path], dict[str, Any]]:
         model, tokenizer = self.loaded
-        fusion = fuse(model, self.deltas).fusion
+        fusion = fuse(model, self.deltas, by="sum", gated=False).fusion
         if fusion is None:
             raise ConfigError("no deltas to measure: expected the demo's learn stages to have run")
         alone = torch.eye(len(DOMAINS)).tolist()
         variants = [Variant(tuple(weights), "symmetric", False) for weights in alone]
-        variants += [Variant((1.0,) * len(DOMAINS), chart, gated) for chart, gated in FUSIONS.values()]
+        variants += [Variant((1.0,) * len(DOMAINS), chart, False) for chart in FUSIONS[1:]]
         windows = window_text(read_documents(self.text(name)), tokenizer, length=self.plan.window)
-        result = measure(model, fusion, windows, variants, on_step=self.report_steps(f"measuring {name}"))
+        steps = self.report_steps(f"measuring {name}")
+        result = measure(model, fusion, windows, variants, on_step=steps)
+        served = fuse(model, self.deltas)
+        (heard,) = account([served], windows, on_step=steps)
         path = self.folder / "measurements" / f"{name}.safetensors"
         arrays = {
             field: getattr(result, field).contiguous() for field in ("softmax_kl", "latent_drift", "bound")
         }
+        columns = [column for column in self.columns if column != "evidence"]
+        # By evidence the measured figure is itself a weighted mean of drifts: no bound to stand beside it.
+        at = self.columns.index("evidence")
+        for field, values in arrays.items():
+            own = heard.softmax_kl if field == "softmax_kl" else torch.zeros_like(heard.softmax_kl)
+            arrays[field] = torch.cat([values[:at], own.unsqueeze(0), values[at:]]).contiguous()
         write_safetensors(path, arrays, {"columns": json.dumps(self.columns)})
-        return [path], {column: summarise(result, row) for row, column in enumerate(self.columns)}
+        rows = {column: summarise(result, row) for row, column in enumerate(columns)}
+        rows["evidence"] = account_figures(served.fusion, heard)
+        return [path], {column: rows[column] for column in self.columns}
 
     def certify(self, cells: dict[str, dict[str, Any]]) -> tuple[list[Path], dict[str, Any]]:
         fused, _ = load(str(self.folder / "fused"))
-        figures = {name: cells[name]["gated"] for name in TITLES}
+        figures = {name: cells[name]["evidence"] for name in TITLES}
         texts = {name: self.text(name) for name in TITLES}
         path = compose(fused, texts, figures, Settings(window=self.plan.window)).save(
             self.folder / "certificate.json"
@@ -244,7 +257,7 @@ class _Demo:
                 "kind": "domain" if name in DOMAINS else "base",
                 "title": title,
                 "documents": texts[name]["documents"],
-                "tokens": cells[name]["gated"]["tokens"],
+                "tokens": cells[name]["evidence"]["tokens"],
                 "seen": "held-out documents",
             }
             for name, title in TITLES.items()
@@ -259,18 +272,23 @@ class _Demo:
             "column_titles": {
                 "base": "base",
                 **{name: f"delta {name}" for name in DOMAINS},
-                "gated": "fused, gated",
-                "symmetric": "fused, ungated, symmetric",
-                "linear": "fused, ungated, linear (paper)",
+                "evidence": "fused by evidence",
+                "symmetric": "sum, symmetric chart",
+                "linear": "sum, linear chart",
             },
             "cells": {
-                name: {"base": {"nll": cells[name]["gated"]["nll_base"]}, **cells[name]} for name in TITLES
+                name: {"base": {"nll": cells[name]["evidence"]["nll_base"]}, **cells[name]} for name in TITLES
             },
             "base_text": pooled,
             "deltas": learnt,
             "samples": samples,
             "bounds": {
-                key: sum(cells[name][column]["bound"][key] for name in TITLES for column in self.columns)
+                key: sum(
+                    cells[name][column]["bound"][key]
+                    for name in TITLES
+                    for column in self.columns
+                    if column != "evidence"
+                )
                 for key in ("contexts", "violations")
             },
             "certificate": "certificate.json",

@@ -1,0 +1,319 @@
+"""Fusion by evidence on texts that no setting was chosen on: twelve domains, eight foreign kinds, two of base text.
+
+Every fit and every measurement is kept in the folder that TETHER_STATES names, so that a run can be resumed. Loss of
+any group of domains by evidence follows from what each expert gave to each token, which is measured once; that it is
+the loss that the group serves is checked on one group in every run.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.corpus import states_folder
+from benchmarks.fresh_texts import DOMAINS, FOREIGN, split
+from benchmarks.heard import Heard, by_evidence, posterior
+from tether.causal.evidence import Rule
+from tether.causal.loading import load
+from tether.delta.account import account
+from tether.delta.delta import Delta
+from tether.delta.fusion import fuse
+from tether.delta.learning import learn_delta
+from tether.delta.measure import Variant, measure
+from tether.delta.windows import Windows, window_text
+from tether.demo import corpora
+
+__all__ = ["GROUPS", "rows"]
+
+Row = dict[str, Any]
+NAMES = tuple(DOMAINS)
+GROUPS = {size: [NAMES[at : at + size] for at in range(0, len(NAMES), size)] for size in (3, 6, 12)}
+"""Fused together, in the order of the list of domains."""
+BASE = {"news": corpora.news, "wiki": corpora.wikipedia}
+PIECE = 1200
+"""Characters of a base document, as in the demo."""
+TESTED = 16
+"""Documents of each text that are measured."""
+SUMS = {
+    "sum, one-class gates": {"gated": True},
+    "sum, softmax gates": {"gated": True, "gate": "softmax"},
+    "sum, one-class gates, leash .5": {"gated": True, "leash": 0.5},
+    "sum, no gates": {"gated": False},
+}
+
+
+class Trial:
+    """One seed: its fits and what was measured.
+
+    Args:
+        folder: where everything is kept.
+        seed: of the split and of the fits.
+        fast: a fraction of the text.
+    """
+
+    def __init__(self, folder: Path, seed: int, *, fast: bool) -> None:
+        self.folder, self.seed, self.fast = folder / f"evidence-{seed}{'-fast' if fast else ''}", seed, fast
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model, self.tokenizer = load("smollm2-135m")
+        self.general, pieces = {}, []
+        for name, recipe in BASE.items():
+            every = corpora.documents(recipe)
+            self.general[name] = [text[:PIECE] for text in every[:TESTED]]
+            # As in the demo: up to three contexts of each other document, as many of every kind.
+            cut = [text[at : at + PIECE] for text in every[TESTED:] for at in range(0, 3 * PIECE, PIECE)]
+            pieces.append([piece for piece in cut if len(piece) > PIECE // 2][:75])
+        self.base = [piece for pair in zip(*pieces, strict=True) for piece in pair]
+
+    def delta(self, name: str) -> Delta:
+        """Learn a domain with the defaults, or find it.
+
+        Args:
+            name: of the domain.
+
+        Returns:
+            Its delta.
+        """
+        path = self.folder / f"{name}.delta"
+        if not path.exists():
+            learn_delta(
+                self.model, self.tokenizer, list(split(name, self.seed, self.tokenizer).train), base_texts=self.base,
+                name=name, tokens=2_000 if self.fast else 10_000, cache_folder=self.folder.parent / "cache",
+                seed=self.seed,
+            ).save(path)  # fmt: skip
+        return Delta.load(path)
+
+    def windows(self, name: str) -> Windows:
+        """Cut the held-out documents of a text to one window each.
+
+        Args:
+            name: of a domain, a foreign kind or a kind of base text.
+
+        Returns:
+            At most 16 windows of 256 tokens.
+        """
+        documents = self.general.get(name) or list(split(name, self.seed, self.tokenizer).held_out)
+        return window_text(documents[: 2 if self.fast else TESTED], self.tokenizer, per_document=1, name=name)
+
+    def fused(self, group: Sequence[str], **options: Any) -> Any:
+        """Fuse some domains.
+
+        Args:
+            group: names of the domains.
+            options: of `fuse`.
+
+        Returns:
+            The model.
+        """
+        return fuse(self.model, {self.delta(name): 1.0 for name in group}, **options)
+
+    def kept(self, key: str, make: Any) -> dict[str, Tensor]:
+        """Measure something, or find it.
+
+        Args:
+            key: what to call it.
+            make: measures it.
+
+        Returns:
+            Tensors by name.
+        """
+        path = self.folder / f"{key}.safetensors"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}")
+            save_file({name: value.contiguous() for name, value in make().items()}, part)
+            part.rename(path)
+        found: dict[str, Tensor] = load_file(path)
+        return found
+
+    def heard(self, name: str, *, sleeping: bool = True) -> Heard:
+        """Account for all twelve domains on a text.
+
+        Args:
+            name: of the text.
+            sleeping: whether gates let domains sleep; else all are awake, at full strength alone.
+
+        Returns:
+            What each expert gave to each token.
+        """
+
+        def make() -> dict[str, Tensor]:
+            windows = self.windows(name)
+            if sleeping:
+                model = self.fused(NAMES)
+            else:
+                deltas = {self.delta(each): 1.0 for each in NAMES}
+                model = fuse(self.model, _full_strength(deltas), gated=False)
+            (found,) = account([model], windows)
+            kept = {"documents": found.documents[found.scored], "base_nll": found.base_nll, "nll": found.nll}
+            awake = found.log_weights[found.scored] > -torch.inf
+            return kept | {"gain": found.gain.float(), "awake": awake, "softmax_kl": found.softmax_kl}
+
+        found = self.kept(f"{name}-{'sleeping' if sleeping else 'open'}", make)
+        return Heard(**{key: value for key, value in found.items() if key in Heard._fields})
+
+    def drift(self, name: str, group: Sequence[str]) -> Tensor:
+        """Measure how far a group drifts on a text.
+
+        Args:
+            name: of the text.
+            group: names of the domains.
+
+        Returns:
+            KL(base || served) in each context, nats.
+        """
+
+        def make() -> dict[str, Tensor]:
+            return {"kl": account([self.fused(group)], self.windows(name))[0].softmax_kl}
+
+        return self.kept(f"{name}-kl-{len(group)}-{group[0]}", make)["kl"]
+
+    def alone(self, name: str) -> Tensor:
+        """Measure a domain's delta alone, always on.
+
+        Args:
+            name: of the domain.
+
+        Returns:
+            Loss of each token, nats.
+        """
+
+        def make() -> dict[str, Tensor]:
+            single = fuse(self.model, {self.delta(name): 1.0}, by="sum", gated=False)
+            variant = Variant((1.0,), "symmetric", False)
+            return {"nll": measure(self.model, single.fusion, self.windows(name), [variant]).nll[0]}
+
+        return self.kept(f"{name}-alone", make)["nll"]
+
+    def sums(self, group: Sequence[str], name: str) -> dict[str, Tensor]:
+        """Measure the sums of a group on a text.
+
+        Args:
+            group: names of the domains.
+            name: of the text.
+
+        Returns:
+            Loss of each token by kind of sum, nats.
+        """
+
+        def make() -> dict[str, Tensor]:
+            found = {}
+            for kind, options in SUMS.items():
+                model = self.fused(group, by="sum", **options)
+                leash = model.fusion.leash or (None, "softmax")
+                variant = Variant(model.fusion.weights, "symmetric", model.fusion.gated, *leash)
+                result = measure(self.model, model.fusion, self.windows(name), [variant])
+                found[kind] = result.nll[0]
+                found[f"{kind}, KL"] = result.softmax_kl[0]
+            return found
+
+        return self.kept(f"{name}-sums-{len(group)}-{group[0]}", make)
+
+
+def _full_strength(deltas: dict[Delta, float]) -> dict[Delta, float]:
+    return {Delta(**{**vars(d), "record": d.record | {"strengths": [1.0]}}): w for d, w in deltas.items()}
+
+
+def rows(*, fast: bool) -> Iterator[Row]:
+    """Fit, measure, compare.
+
+    Args:
+        fast: a fraction of the text and one seed.
+
+    Yields:
+        Rows of case, metric, ours, baseline, ratio, runs.
+    """
+    seeds = [int(seed) for seed in os.environ.get("TETHER_SEEDS", "0" if fast else "0 1").split()]
+    parts = os.environ.get("TETHER_PARTS", "evidence sums open").split()
+    with states_folder() as folder:
+        for seed in seeds:
+            trial = Trial(folder, seed, fast=fast)
+            started = time.process_time()
+            for name in NAMES:
+                trial.delta(name)
+            yield _row(f"seed {seed}", "CPU seconds of twelve fits", time.process_time() - started, None, 1)
+            if "evidence" in parts:
+                yield from _evidence(trial)
+            if "sums" in parts:
+                yield from _sums(trial)
+            if "open" in parts:
+                yield from _open(trial)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _row(case: str, metric: str, ours: float, baseline: float | None, runs: int) -> Row:
+    ratio = None if not baseline else ours / baseline
+    return {"case": case, "metric": metric, "ours": ours, "baseline": baseline, "ratio": ratio, "runs": runs}
+
+
+def _evidence(trial: Trial) -> Iterator[Row]:
+    seed = f"seed {trial.seed}"
+    for size, groups in GROUPS.items():
+        for group in groups:
+            columns = [NAMES.index(name) for name in group]
+            for name in group:
+                nll = by_evidence(trial.heard(name), columns, Rule())
+                alone = _mean(trial.alone(name))
+                yield _row(
+                    f"{seed}, {size} domains", f"NLL {name}, own delta alone", _mean(nll), alone, len(nll)
+                )
+                yield _row(
+                    f"{seed}, {size} domains", f"NLL {name}, base", _mean(nll), _mean(trial.heard(name).base_nll),
+                    len(nll),
+                )  # fmt: skip
+            for name in (*NAMES, *FOREIGN, *BASE):
+                heard = trial.heard(name)
+                nll = by_evidence(heard, columns, Rule())
+                yield _row(
+                    f"{seed}, {size} domains from {group[0]}", f"NLL of any text less the base's: {name}",
+                    _mean(nll - heard.base_nll), 0.005, len(nll),
+                )  # fmt: skip
+    for name in BASE:
+        for groups in GROUPS.values():
+            for group in groups:
+                kl = trial.drift(name, group)
+                yield _row(f"{seed}, {len(group)} domains from {group[0]}", f"KL {name}", _mean(kl), 0.001, 1)
+    group = GROUPS[3][0]
+    (served,) = account([trial.fused(group)], trial.windows(group[0]))
+    derived = by_evidence(trial.heard(group[0]), [NAMES.index(name) for name in group], Rule())
+    yield _row(
+        seed,
+        "largest difference of served and derived loss",
+        float((served.nll - derived).abs().max()),
+        1e-4,
+        1,
+    )
+
+
+def _sums(trial: Trial) -> Iterator[Row]:
+    for size, groups in GROUPS.items():
+        for group in groups:
+            for name in (*group, *((*FOREIGN, *BASE) if size == 12 else ())):
+                base = _mean(trial.heard(name).base_nll)
+                for kind, values in trial.sums(group, name).items():
+                    baseline = None if kind.endswith("KL") else base
+                    yield _row(f"seed {trial.seed}, {size} domains, {kind}", name, _mean(values), baseline, 1)
+
+
+def _open(trial: Trial) -> Iterator[Row]:
+    """Compare what may sleep with what may not, and with the posterior without base and restarts."""
+    for name in (*NAMES, *FOREIGN, *BASE):
+        heard = trial.heard(name, sleeping=False)
+        for size, groups in GROUPS.items():
+            for group in groups:
+                if name in NAMES and name not in group:
+                    continue
+                columns = [NAMES.index(each) for each in group]
+                case = f"seed {trial.seed}, {size} domains from {group[0]}"
+                arms = {
+                    "evidence, full strength, nobody sleeps": by_evidence(heard, columns, Rule()),
+                    "posterior without base and restarts": posterior(heard, columns),
+                }
+                for arm, nll in arms.items():
+                    yield _row(f"{case}, {arm}", name, _mean(nll), _mean(heard.base_nll), 1)

@@ -1,0 +1,311 @@
+"""Fusion by evidence inside the model: hidden state -> who is awake -> their laws -> weights by the text so far."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tether.cauchy.charts import from_chart
+from tether.causal import evidence
+from tether.causal.evidence import Rule
+from tether.causal.experts import Experts, Scores
+from tether.causal.fused import Fusion
+from tether.causal.gates import gate_distance, gate_open
+from tether.causal.memory import Memory
+from tether.causal.walk import Reading, Walk
+from tether.errors import ConfigError
+
+__all__ = ["Block", "Mixture", "recent_mean"]
+
+BLOCK_BYTES = 24_000_000
+"""Size of the scores of the base that are held at once: below the 32 MB from which allocators ask the system for
+fresh pages each time, which costs more than the arithmetic."""
+
+
+def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | None = None) -> Tensor:
+    """Average the hidden states of the last tokens of each text, this one included.
+
+    Args:
+        states: z, shape (B, T, H).
+        places: place of each token in its text, from 0, shape (B, T): no mean reaches back beyond its beginning.
+        window: tokens to average, >= 1.
+        before: states of the positions before, shape (B, P, H).
+
+    Returns:
+        The means, shape (B, T, H), float32. Sums are taken in the same order however a text was cut.
+    """
+    past = 0 if before is None else min(before.shape[1], window - 1)
+    if before is not None and past:
+        states = torch.cat([before[:, -past:], states], dim=1)
+    states = states.float()
+    length = places.shape[1]
+    total = torch.zeros_like(states[:, past:])
+    for back in range(min(window, past + length)):
+        # Rows whose text began later have no token that far back.
+        first = max(0, back - past)
+        seen = (places[:, first:] >= back).unsqueeze(-1)
+        total[:, first:] += states[:, past + first - back : past + length - back] * seen
+    count = (places + 1).clamp(1, window).unsqueeze(-1)
+    return total / count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Block:
+    """Some neighbouring positions of all texts of a batch, M = B x n contexts, row by row.
+
+    Attributes:
+        first: position of the first, counted from the first of this call.
+        size: positions n.
+        experts: who is awake, and their laws of U.
+        scores: their scores of all classes.
+        log_weights: weights with which they are served, shape (M, K), -inf where asleep.
+        gain: by how much each expert predicted the next token better than the base, shape (M, K), float64.
+        scored: whether the next token counts as evidence, shape (M,).
+    """
+
+    first: int
+    size: int
+    experts: Experts
+    scores: Scores
+    log_weights: Tensor
+    gain: Tensor
+    scored: Tensor
+
+
+class Mixture(Fusion):
+    """The base and each delta alone, at one or several strengths, weighted by how well they predicted the text so far.
+
+    A delta whose gate is closed sleeps: it takes no row in any product, and its weights stay.
+
+    Args:
+        hidden_size: width H of the hidden state.
+        latent_size: dimensions C of U.
+        description: `CausalQwenConfig.fusion` with `by` = `evidence`: domains, native, strengths (of each
+            domain), prior, restarts, floor, gated (whether gates let domains sleep), location_only, layers, and for
+            gated ones gate_window, gate_rank, gate_stages.
+
+    Raises:
+        ConfigError: strengths that are missing, zero or not finite, or settings out of range.
+    """
+
+    remembers: type[Memory] = Memory
+
+    def __init__(self, hidden_size: int, latent_size: int, description: dict[str, Any]) -> None:
+        super().__init__(hidden_size, latent_size, {**description, "chart": "symmetric", "leash": None})
+        self.description = description
+        strengths = description["strengths"]
+        finite = all(each and all(0 < abs(float(s)) < float("inf") for s in each) for each in strengths)
+        if len(strengths) != len(self.domains) or not finite:
+            raise ConfigError(
+                f"strengths {strengths} of {len(self.domains)} domains: expected one or more finite numbers other than "
+                "0 for each"
+            )
+        self.strengths = tuple(tuple(float(s) for s in each) for each in strengths)
+        self.rule = Rule(
+            prior=float(description["prior"]),
+            restarts=tuple(float(share) for share in description["restarts"]),
+            floor=float(description["floor"]),
+        )
+        # Domain of each expert, the base is of none; and the experts of each domain.
+        self.domain = (-1, *(row for row, each in enumerate(self.strengths) for _ in each))
+        first = [1 + sum(map(len, self.strengths[:row])) for row in range(len(self.strengths))]
+        self.rows = tuple(slice(at, at + len(each)) for at, each in zip(first, self.strengths, strict=True))
+        # How many positions before its own a gate looks at.
+        self.reach = max(self.window - 1, 1) if self.gated else 1
+
+    @property
+    def log_prior(self) -> Tensor:
+        """Log weights of the experts at the start of a text, shape (K,), float64."""
+        return evidence.prior(self.rule.prior, [len(each) for each in self.strengths])
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are, the base counted."""
+        return len(self.domain)
+
+    def awake(self, states: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None) -> Tensor:
+        """Tell which domains take part.
+
+        Args:
+            states: z, shape (B, T, H), alone or followed by what experts read beside it.
+            mask: which positions carry a token, shape (B, T), bool.
+            places: place of each token in its text, shape (B, T).
+            before: states of the positions before, shape (B, P, H).
+
+        Returns:
+            Shape (B, T, N), bool.
+        """
+        if not self.gated:
+            return mask.unsqueeze(-1).expand(*mask.shape, len(self.domains))
+        width = self.hidden_size
+        earlier = None if before is None else before[..., :width]
+        mean = recent_mean(states[..., :width], places, self.window, earlier)
+        count = (places + 1).clamp(max=self.window).float() * mask
+        statistics = self.gate_center.float(), self.gate_whitening.float(), self.gate_precision.float()
+        distance = gate_distance(mean, count, self.window, *statistics)
+        return gate_open(distance, count, self.gate_threshold.float()).movedim(0, -1).bool()
+
+    def moves(self, domain: int, features: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate one domain's experts.
+
+        Args:
+            domain: its number.
+            features: what experts read at some contexts, shape (R, F).
+            loc: base loc of U there, shape (R, C).
+            log_scale: base log scale of U there, shape (R, C).
+
+        Returns:
+            loc and log scale of U under the domain at each of its S strengths, shape (S, R, C) each.
+        """
+        second = features.float() @ self.second[domain].float().T
+        first = (
+            torch.zeros_like(second)
+            if self.location_only
+            else features.float() @ self.first[domain].float().T
+        )
+        pairs = [from_chart(s * first, s * second, self.native[domain]) for s in self.strengths[domain]]
+        return (
+            torch.stack([loc + log_scale.exp() * y for _, y in pairs]),
+            torch.stack([log_scale + x for x, _ in pairs]),
+        )
+
+    def at(self, features: Tensor, loc: Tensor, log_scale: Tensor, awake: Tensor) -> Experts:
+        """Evaluate the experts that are awake in some contexts.
+
+        Args:
+            features: shape (M, F).
+            loc: base loc of U, shape (M, C).
+            log_scale: base log scale of U, shape (M, C).
+            awake: which domains take part, shape (M, N), bool.
+
+        Returns:
+            The experts; one whose law is not finite sleeps.
+        """
+        count, device = len(loc), loc.device
+        entry = torch.full((count, self.experts), -1, dtype=torch.long, device=device)
+        entry[:, 0] = torch.arange(count, device=device)
+        rows, numbers = [entry[:, 0]], [torch.zeros_like(entry[:, 0])]
+        locs, log_scales, total = [loc], [log_scale], count
+        for domain in awake.any(0).nonzero().squeeze(-1).tolist():
+            here = awake[:, domain].nonzero().squeeze(-1)
+            moved = self.moves(domain, features[here], loc[here], log_scale[here])
+            numbered = range(self.rows[domain].start, self.rows[domain].stop)
+            for number, new_loc, new_log_scale in zip(numbered, *moved, strict=True):
+                fine = (new_loc.isfinite() & new_log_scale.isfinite()).all(-1)
+                at = here if bool(fine.all()) else here[fine]
+                entry[at, number] = torch.arange(total, total + len(at), device=device)
+                total += len(at)
+                rows.append(at)
+                numbers.append(torch.full_like(at, number))
+                locs.append(new_loc[fine] if len(at) < len(here) else new_loc)
+                log_scales.append(new_log_scale[fine] if len(at) < len(here) else new_log_scale)
+        return Experts(
+            row=torch.cat(rows),
+            expert=torch.cat(numbers),
+            loc=torch.cat(locs),
+            log_scale=torch.cat(log_scales),
+            entry=entry,
+        )
+
+    def read(self, reading: Reading, awake: Tensor, memory: Memory | None) -> Reading:
+        """Complete what experts read, once it is known who is awake; deltas have it all from the backbone's one pass.
+
+        Args:
+            reading: of a call.
+            awake: which domains take part, shape (B, T, N), bool.
+            memory: of the positions before.
+
+        Returns:
+            The reading, with all features of those awake.
+        """
+        return reading
+
+    def read_last(self, features: Tensor, awake: Tensor, memory: Memory) -> Tensor:
+        """Complete what experts read at the last position that is remembered, of whose law nobody had asked.
+
+        Args:
+            features: what is remembered of it, shape (B, F).
+            awake: which domains take part there, shape (B, N), bool.
+            memory: with that position at its end.
+
+        Returns:
+            Shape (B, F).
+        """
+        return features
+
+    def beside(self, reading: Reading, memory: Memory) -> dict[str, Tensor]:
+        """Give what is remembered of a call beside what every mixture remembers.
+
+        Args:
+            reading: of the call.
+            memory: of the positions before.
+
+        Returns:
+            Tensors of shape (B, T, ...) by name.
+        """
+        return {}
+
+    @torch.no_grad()
+    def serve(
+        self,
+        abduction: Any,
+        action: Any,
+        reading: Reading,
+        memory: Memory | None = None,
+        *,
+        kept: int = 0,
+    ) -> Iterator[Block]:
+        """Go through a text and give the experts, their laws and weights at each position.
+
+        This is the one place where evidence is taken: the model serves, and whatever measures it measures, these
+        blocks. What lies before the wanted positions is left out as far as no evidence is taken there.
+
+        Cost: for each position that is kept or scored one row in a product with the output head for the base and
+        for each expert awake; T steps on K numbers for the weights.
+
+        Args:
+            abduction: of the model.
+            action: of the model.
+            reading: the text.
+            memory: what is known of the positions before; these are appended to it when all blocks are read.
+            kept: first position, counted from the first of this call, whose law is wanted.
+
+        Yields:
+            Blocks of the positions from `kept` on, in order.
+        """
+        batch, length = reading.mask.shape
+        walk = Walk(self, abduction, action, reading, memory, kept)
+        reading = walk.reading = self.read(reading, walk.domains, memory)
+        size = max(1, BLOCK_BYTES // (4 * len(action.weight) * max(batch, 1)))
+        for first, last in _pieces(walk.begin_at, max(kept, walk.begin_at), length, size):
+            part = slice(first, last)
+            features = reading.features[:, part].flatten(0, 1)
+            loc, log_scale = abduction(features[:, : self.hidden_size].to(abduction.loc.weight.dtype))
+            experts = self.at(features, loc, log_scale, walk.domains[:, part].flatten(0, 1))
+            scores = experts.score(action)
+            gain, scored = walk.listen(scores, first, last)
+            if first >= kept:
+                log_weights = evidence.serve(
+                    walk.states[:, part].flatten(0, 1), scores.experts.awake, self.rule.floor
+                )
+                yield Block(
+                    first=first,
+                    size=last - first,
+                    experts=scores.experts,
+                    scores=scores,
+                    log_weights=log_weights,
+                    gain=gain,
+                    scored=scored,
+                )
+        if memory is not None:
+            memory.append(**walk.remembered(), **self.beside(reading, memory))
+            memory.written = reading.written
+
+
+def _pieces(first: int, kept: int, length: int, size: int) -> Iterator[tuple[int, int]]:
+    # None has positions on both sides of the first one that is kept.
+    for low, high in ((first, min(kept, length)), (max(first, kept), length)):
+        for start in range(low, high, size):
+            yield start, min(start + size, high)

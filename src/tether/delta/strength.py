@@ -1,0 +1,211 @@
+"""How strong a learnt delta should be: the factor along its ray with the least loss on documents kept aside."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tether.delta.head import Head, Reference
+from tether.delta.objective import chunk_rows, softmax_shift
+from tether.stats import standard_error
+
+__all__ = [
+    "STEP",
+    "STRENGTHS",
+    "Change",
+    "Strength",
+    "base_law",
+    "change_figures",
+    "find_strength",
+    "served_change",
+    "token_nll",
+]
+
+STRENGTHS = (0.5, 1.0)
+"""Strengths, relative to the saved heads, at which a delta takes part in a fusion that weights by evidence."""
+STEP = 0.125
+"""Distance of the shares that are looked at, and the smallest of them."""
+
+
+class Strength(NamedTuple):
+    """What was found along the ray.
+
+    Attributes:
+        share: of the largest factor allowed, a multiple of `STEP` in (0, 1].
+        nll: for every share that was looked at, the loss of each token, nats, shape (n,); the base is share 0.
+        helps: whether the mean loss at `share` is below the base's.
+    """
+
+    share: float
+    nll: dict[float, Tensor]
+    helps: bool
+
+    @property
+    def looked(self) -> dict[float, float]:
+        """Mean loss at every share that was looked at, nats, by share."""
+        return {share: float(values.double().mean()) for share, values in sorted(self.nll.items())}
+
+
+def find_strength(nll: Callable[[float], Tensor]) -> Strength:
+    """Find the share of the largest factor allowed that has the least loss.
+
+    The loss along a ray is convex where scores move linearly, and nearly so elsewhere. So the search begins at
+    the whole and goes down by quarters as long as the loss falls; then it looks an eighth further, on the side
+    where the loss is less. Of equal losses the one of the larger share is taken. No share above 1 is ever
+    looked at.
+
+    Where no share is better than the base, the smallest one, `STEP`, is taken: it moves the base least.
+
+    Cost: four to seven evaluations, the base among them.
+
+    Args:
+        nll: gives the loss of each token at a share, nats, shape (n,); at 0 that of the base.
+
+    Returns:
+        The share with what was looked at on the way.
+    """
+    seen = {0.0: nll(0.0)}
+
+    def loss(share: float) -> float:
+        if share not in seen:
+            seen[share] = nll(share)
+        mean = float(seen[share].double().mean())
+        return mean if math.isfinite(mean) else math.inf
+
+    best = 1.0
+    while best > 2 * STEP and (loss(best - 2 * STEP) < loss(best) or loss(best) == math.inf):
+        best -= 2 * STEP
+    above, below = best + 2 * STEP, best - 2 * STEP
+    near = best + STEP if best < 1 and loss(above) <= loss(below) else best - STEP
+    best = min((near, best), key=lambda share: (loss(share), -share))
+    if loss(best) >= loss(0.0):
+        best = STEP
+    return Strength(best, seen, loss(best) < loss(0.0))
+
+
+@torch.no_grad()
+def token_nll(
+    head: Head | None, at: Reference, targets: Tensor, *, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Compute the loss of each token over the whole vocabulary, in the served softmax.
+
+    Cost: one product with the (V, C) head a token.
+
+    Args:
+        head: the delta, acting everywhere; None for the base.
+        at: base quantities at n tokens.
+        targets: next tokens, shape (n,), all >= 0.
+        weight: output head, shape (V, C).
+        bias: of the classes, shape (V,), or None.
+
+    Returns:
+        Negative log likelihoods, nats, shape (n,), float32.
+    """
+    loc = at.loc if head is None else at.loc + at.scale * head.displacement(at.states)[1]
+    rows, moved = chunk_rows(weight), None if bias is None else bias.to(weight.dtype)
+    losses = [
+        -linear(part, weight, moved).float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        for part, target in zip(loc.to(weight.dtype).split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+class Change(NamedTuple):
+    """What a delta does to the served softmax, token by token.
+
+    Attributes:
+        kl: KL(base || moved), nats, shape (n,).
+        before: loss of the base, nats, shape (n,); nan where a token has no next one.
+        after: loss of the moved model, likewise.
+    """
+
+    kl: Tensor
+    before: Tensor
+    after: Tensor
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Condense them.
+
+        Returns:
+            Tokens, mean softmax KL, and mean losses over the tokens that have a next one (None without any).
+        """
+        scored = ~self.before.isnan()
+        means = {
+            name: float(values[scored].double().mean()) if bool(scored.any()) else None
+            for name, values in (("nll_before", self.before), ("nll_after", self.after))
+        }
+        return {"tokens": len(self.kl), **means, "softmax_kl": float(self.kl.double().mean())}
+
+
+@torch.no_grad()
+def base_law(loc: Tensor, *, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
+    """Compute the served softmax of the base, a few tokens at a time.
+
+    Args:
+        loc: location of U under the base, shape (n, C).
+        weight: output head, shape (V, C).
+        bias: of the classes, shape (V,), or None.
+
+    Yields:
+        Log probabilities of `chunk_rows` tokens, shape (rows, V), float32.
+    """
+    start = None if bias is None else bias.to(weight.dtype)
+    for some in loc.to(weight.dtype).split(chunk_rows(weight)):
+        yield linear(some, weight, start).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def served_change(law: Iterable[Tensor], move: Tensor, targets: Tensor | None, *, weight: Tensor) -> Change:
+    """Measure drift and losses of the served softmax in one pass.
+
+    Cost: one product with the (V, C) head a token, beside that of `law`.
+
+    Args:
+        law: log probabilities of the base at n tokens, from `base_law`.
+        move: how far the location of U is moved, shape (n, C).
+        targets: next tokens, shape (n,), negative where there is none; None where they are not known.
+        weight: output head, shape (V, C).
+
+    Returns:
+        The change; losses are nan where there is no next token.
+    """
+    rows = chunk_rows(weight)
+    known = torch.full((len(move),), -1) if targets is None else targets
+    found = []
+    for log_prob, moved, target in zip(
+        law, move.to(weight.dtype).split(rows), known.split(rows), strict=True
+    ):
+        shift, index = (moved @ weight.T).float(), target.clamp(min=0).unsqueeze(-1)
+        own, raised = (values.gather(-1, index).squeeze(-1) for values in (log_prob, shift))
+        kl, normaliser = softmax_shift(log_prob, shift)
+        none = torch.where(target < 0, math.nan, 0.0)
+        found.append((kl, none - own, none - own - raised + normaliser))
+    return Change(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def change_figures(before: Tensor, after: Tensor, documents: Tensor) -> dict[str, Any]:
+    """Condense what a delta does to the loss of documents kept aside.
+
+    Args:
+        before: loss of each token under the base, nats, shape (n,).
+        after: under the delta, likewise.
+        documents: document of each token, shape (n,).
+
+    Returns:
+        `documents`, `tokens`, `nll_before`, `nll_after`, their difference `change` (negative where the delta
+        helps), and `standard_error` of that difference over documents, None for a single document.
+    """
+    moved = after.double() - before.double()
+    several = len(documents.unique()) > 1 and bool(moved.isfinite().all())
+    return {
+        "documents": len(documents.unique()),
+        "tokens": len(before),
+        "nll_before": float(before.double().mean()),
+        "nll_after": float(after.double().mean()),
+        "change": float(moved.mean()),
+        "standard_error": standard_error(np.asarray(moved), np.asarray(documents)) if several else None,
+    }
