@@ -56,20 +56,18 @@ class Corpus:
         pieces = [
             [d[:PIECE] for d in documents(recipe) if len(d) > PIECE // 2] for recipe in BASE_TEXTS.values()
         ]
-        if name in ("base-news", "base-wiki"):
-            return pieces[name == "base-wiki"][2::3], self.tokens // 6
         third = ("base", "base-held-out", "base-fresh").index(name)
         mixed = [piece for pair in zip(*pieces, strict=False) for piece in pair]
         blocks = [mixed[start : start + 2] for start in range(2 * third, len(mixed), 6)]
         # Of the third part little is read: it only repeats what was measured on the second.
         return [piece for block in blocks for piece in block], self.tokens // (6 if third == 2 else 2)
 
-    def cache(self, name: str, layers: Sequence[int] = (), *, length: int = 256) -> StateCache:
-        """Read a text once, in windows of some length."""
+    def cache(self, name: str, layers: Sequence[int] = ()) -> StateCache:
+        """Read a text once."""
         texts, tokens = self.documents(name)
         return cached(
             self.model,
-            window_text(texts, self.tokenizer, tokens=tokens, length=length),
+            window_text(texts, self.tokenizer, tokens=tokens),
             self.folder,
             layers=layers,
         )

@@ -52,7 +52,7 @@ def rows(*, fast: bool) -> list[Row]:
         ]
         anchor = anchor_text(model, *caches[1:])
         delta = fit_delta(model, caches[0], anchor, "tables", Fit(budget=Budget(value=0.05)))
-    fused = fuse(model, {delta: 1.0})
+    fused = fuse(model, {delta: 1.0}, by="sum")
     variants = [Variant((1.0,), "symmetric", gated) for gated in (True, False)]
     measured = {}
     for name, texts in general.items():

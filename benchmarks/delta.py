@@ -129,7 +129,7 @@ def _measuring(model: CausalQwenForCausalLM, caches: list[Any], text: Windows, r
     delta = fit_delta(
         model, domain, anchor_text(model, base, held_out), "bible", Fit(budget=Budget(value=0.01))
     )
-    fused = fuse(model, {delta: 1.0}, gated=False)
+    fused = fuse(model, {delta: 1.0}, gated=False, by="sum")
     variant = [Variant((1.0,), "symmetric", False)]
 
     @torch.no_grad()

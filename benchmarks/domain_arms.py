@@ -24,7 +24,6 @@ from tether.delta.cache import StateCache, cached
 from tether.delta.delta import Delta
 from tether.delta.learning import fit_delta
 from tether.delta.training import Fit
-from tether.delta.weights import optimise_weights
 from tether.delta.windows import Windows, window_text
 from tether.demo.corpora import BASE_TEXTS, documents
 from tether.runs import Usage
@@ -241,22 +240,6 @@ class Bench:
             name: meet_adapter(self.model, attached, name, held_out, budget, probe=self.plan.probe)
             for name in names
         }
-
-    def weigh(self, seed: int) -> dict[str, Any]:
-        """Optimise the weights of the deltas on their training text.
-
-        Args:
-            seed: which.
-
-        Returns:
-            Weights by domain, and the record.
-        """
-        deltas = self.deltas("delta", seed)
-        domains = {name: self.states(name) for name in DOMAINS}
-        found = optimise_weights(
-            self.model, deltas, domains, self.states("base"), budget=Budget(value=self.plan.budget), seed=seed
-        )
-        return {"weights": {d.name: w for d, w in found.weights.items()}, "record": found.record}
 
     def arms(self) -> list[str]:
         """List the adapters that are learnt on every seed.

@@ -90,14 +90,13 @@ def measure_runs(bench: Bench, text: str, runs: Mapping[str, Callable[[Tensor], 
     return {"base": _cell(windows.documents, windows.targets >= 0, base_nll, torch.zeros(count)), **cells}
 
 
-def measure_deltas(bench: Bench, text: str, seed: int, optimised: Mapping[str, float]) -> dict[str, Any]:
-    """Measure the deltas: each alone, added in each chart, with optimised weights, gated.
+def measure_deltas(bench: Bench, text: str, seed: int) -> dict[str, Any]:
+    """Measure the deltas: each alone, added in each chart, gated.
 
     Args:
         bench: the work.
         text: which.
         seed: which.
-        optimised: weight by domain.
 
     Returns:
         A cell for each arm.
@@ -108,12 +107,10 @@ def measure_deltas(bench: Bench, text: str, seed: int, optimised: Mapping[str, f
         ones = (1.0,) * len(DOMAINS)
         if arm == "delta":
             variants |= {f"{arm}, sum {chart}": Variant(ones, chart, False) for chart in CHARTS}
-            chosen = tuple(optimised[name] for name in DOMAINS)
-            variants[f"{arm}, optimised weights"] = Variant(chosen, "symmetric", False)
         else:
             variants[f"{arm}, sum symmetric"] = Variant(ones, "symmetric", False)
         variants[f"{arm}, gated"] = Variant(ones, "symmetric", True)
-        fused = fuse(bench.model, dict.fromkeys(bench.deltas(arm, seed), 1.0), gated=True)
+        fused = fuse(bench.model, dict.fromkeys(bench.deltas(arm, seed), 1.0), gated=True, by="sum")
         cells |= _cells(
             windows, measure(bench.model, fused.fusion, windows, list(variants.values())), variants
         )
@@ -133,7 +130,9 @@ def measure_gated(bench: Bench, text: str, seed: int) -> dict[str, Any]:
     """
     windows, cells = bench.test(text), {}
     for arm in (name for name in ("lora", "leashed") if name in bench.plan.adapters):
-        served = serve(bench.model, {bench.adapter(arm, name, seed): 1.0 for name in DOMAINS}, gated=True)
+        served = serve(
+            bench.model, {bench.adapter(arm, name, seed): 1.0 for name in DOMAINS}, by="sum", gated=True
+        )
         variants = {f"{arm}, gated": Variant((1.0,) * len(DOMAINS), "symmetric", True)}
         found = measure(served, served.fusion, windows, list(variants.values()))
         cells |= _cells(windows, found, variants)
@@ -157,7 +156,7 @@ def measure_curve(bench: Bench, text: str, domain: str, seed: int) -> dict[str, 
     for arm in bench.plan.deltas:
         delta = bench.deltas(arm, seed)[list(DOMAINS).index(domain)]
         variants = {f"{arm}*{factor:g}": Variant((factor,), "symmetric", False) for factor in FACTORS}
-        fused = fuse(bench.model, {delta: 1.0}, gated=False)
+        fused = fuse(bench.model, {delta: 1.0}, gated=False, by="sum")
         cells |= _cells(
             windows, measure(bench.model, fused.fusion, windows, list(variants.values())), variants
         )

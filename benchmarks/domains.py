@@ -142,12 +142,11 @@ class Results:
                 key = f"{arm}-{domain}-{seed}"
                 learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, seed))
         shrunk = self.stage(f"shrink-{seed}", partial(self.bench.shrink, seed))
-        weighed = self.stage(f"weigh-{seed}", partial(self.bench.weigh, seed))
         for text in TEXTS:
             cells[f"{text}-{seed}"] = {
                 **self.stage(
                     f"deltas-{text}-{seed}",
-                    partial(measure_deltas, self.bench, text, seed, weighed["weights"]),
+                    partial(measure_deltas, self.bench, text, seed),
                 ),
                 **self.stage(f"gated-{text}-{seed}", partial(measure_gated, self.bench, text, seed)),
                 **self.stage(

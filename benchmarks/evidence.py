@@ -39,12 +39,15 @@ PIECE = 1200
 """Characters of a base document, as in the demo."""
 TESTED = 16
 """Documents of each text that are measured."""
+SUMMED = 8
+"""Documents of each text on which sums are measured."""
 SUMS = {
-    "sum, one-class gates": {"gated": True},
-    "sum, softmax gates": {"gated": True, "gate": "softmax"},
-    "sum, one-class gates, leash .5": {"gated": True, "leash": 0.5},
-    "sum, no gates": {"gated": False},
+    "sum, one-class gates": ("one-class", True, None),
+    "sum, one-class gates, leash .5": ("one-class", True, 0.5),
+    "sum, no gates": ("one-class", False, None),
+    "sum, softmax gates": ("softmax", True, None),
 }
+"""Kind of gate, whether it acts, and a leash in nats of softmax KL."""
 
 
 class Trial:
@@ -87,17 +90,18 @@ class Trial:
             ).save(path)  # fmt: skip
         return Delta.load(path)
 
-    def windows(self, name: str) -> Windows:
+    def windows(self, name: str, most: int = TESTED) -> Windows:
         """Cut the held-out documents of a text to one window each.
 
         Args:
             name: of a domain, a foreign kind or a kind of base text.
+            most: documents.
 
         Returns:
-            At most 16 windows of 256 tokens.
+            Windows of 256 tokens.
         """
         documents = self.general.get(name) or list(split(name, self.seed, self.tokenizer).held_out)
-        return window_text(documents[: 2 if self.fast else TESTED], self.tokenizer, per_document=1, name=name)
+        return window_text(documents[: 2 if self.fast else most], self.tokenizer, per_document=1, name=name)
 
     def fused(self, group: Sequence[str], **options: Any) -> Any:
         """Fuse some domains.
@@ -201,13 +205,13 @@ class Trial:
 
         def make() -> dict[str, Tensor]:
             found = {}
-            for kind, options in SUMS.items():
-                model = self.fused(group, by="sum", **options)
-                leash = model.fusion.leash or (None, "softmax")
-                variant = Variant(model.fusion.weights, "symmetric", model.fusion.gated, *leash)
-                result = measure(self.model, model.fusion, self.windows(name), [variant])
-                found[kind] = result.nll[0]
-                found[f"{kind}, KL"] = result.softmax_kl[0]
+            for gate in ("one-class", "softmax"):
+                model = self.fused(group, by="sum", gate=gate)
+                kinds = {kind: rest for kind, (own, *rest) in SUMS.items() if own == gate}
+                ones = (1.0,) * len(group)
+                variants = [Variant(ones, "symmetric", gated, leash) for gated, leash in kinds.values()]
+                result = measure(self.model, model.fusion, self.windows(name, SUMMED), variants)
+                found |= dict(zip(kinds, result.nll, strict=True))
             return found
 
         return self.kept(f"{name}-sums-{len(group)}-{group[0]}", make)
@@ -292,13 +296,18 @@ def _evidence(trial: Trial) -> Iterator[Row]:
 
 
 def _sums(trial: Trial) -> Iterator[Row]:
-    for size, groups in GROUPS.items():
-        for group in groups:
-            for name in (*group, *((*FOREIGN, *BASE) if size == 12 else ())):
-                base = _mean(trial.heard(name).base_nll)
-                for kind, values in trial.sums(group, name).items():
-                    baseline = None if kind.endswith("KL") else base
-                    yield _row(f"seed {trial.seed}, {size} domains, {kind}", name, _mean(values), baseline, 1)
+    for size in (3, 12):
+        for group in GROUPS[size]:
+            columns = [NAMES.index(each) for each in group]
+            for name in group:
+                heard = trial.heard(name)
+                first = heard.documents < SUMMED
+                case = f"seed {trial.seed}, {size} domains, {SUMMED} documents"
+                base, alone = _mean(heard.base_nll[first]), _mean(trial.alone(name)[first])
+                arms = {"evidence": by_evidence(heard, columns, Rule())[first], **trial.sums(group, name)}
+                for arm, nll in arms.items():
+                    yield _row(f"{case}, {arm}", f"NLL {name}, own delta alone", _mean(nll), alone, len(nll))
+                    yield _row(f"{case}, {arm}", f"NLL {name}, base", _mean(nll), base, len(nll))
 
 
 def _open(trial: Trial) -> Iterator[Row]:

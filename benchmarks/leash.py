@@ -265,7 +265,7 @@ def _synthetic_bounds(count: int) -> list[Row]:
 def _real_bounds(folder: Path, stride: int) -> list[Row]:
     """Fused drift against its bound on cached states of the demo's texts, gates open."""
     model, _ = load("smollm2-135m")
-    fusion = fuse(model, _deltas(folder), gated=False).fusion
+    fusion = fuse(model, _deltas(folder), gated=False, by="sum").fusion
     count, over, largest = 0, dict.fromkeys(CHARTS, 0), dict.fromkeys(CHARTS, 0.0)
     for path in sorted((folder / "states").glob("*.safetensors")):
         for number, part in enumerate(load_states(path).states[::stride].split(512)):
@@ -375,7 +375,7 @@ def _nll(folder: Path, tokens: int) -> list[Row]:
     """What leashes take of a domain's gain, and of the drift on base text, in the demo's gated fusion."""
     model, tokenizer = load("smollm2-135m")
     deltas = _deltas(folder)
-    fusion = fuse(model, deltas, gated=True).fusion
+    fusion = fuse(model, deltas, gated=True, by="sum").fusion
     weights = (1.0,) * len(deltas)
     variants = {"no leash": Variant(weights, "symmetric", True)}
     for metric, limits in (("softmax", (0.05, *LIMITS)), ("latent", (*LIMITS, 500.0))):

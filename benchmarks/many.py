@@ -50,20 +50,22 @@ def _row(model: CausalQwenForCausalLM, tokenizer: Any, text: Sequence[str], coun
     made: dict[str, Any] = {}
 
     def fused() -> None:
-        made["fused"] = fuse(model, deltas)
+        made["fused"] = fuse(model, deltas, by="sum")
 
     def certified() -> None:
         made["certificate"] = certify(model, made["fused"], tokenizer, {"news": text}, tokens=600)
 
     def removed() -> None:
         base, kept = unfuse(made["fused"])
-        made["less"] = fuse(base, {d: w for d, w in kept.items() if d.name != f"d{REMOVED % count}"})
+        made["less"] = fuse(
+            base, {d: w for d, w in kept.items() if d.name != f"d{REMOVED % count}"}, by="sum"
+        )
 
     row: Row = {}
     for step, work in (("fuse", fused), ("certify", certified), ("remove", removed)):
         row[f"{step}_bytes"] = peak_memory(work)
         row[f"{step}_seconds"] = min(_cpu(work) for _ in range(1 if step == "certify" else 3))
-    never = fuse(model, {d: w for d, w in deltas.items() if d.name != f"d{REMOVED % count}"})
+    never = fuse(model, {d: w for d, w in deltas.items() if d.name != f"d{REMOVED % count}"}, by="sum")
     exact = never.config.fusion == made["less"].config.fusion and all(
         torch.equal(a, b)
         for a, b in zip(never.fusion.parameters(), made["less"].fusion.parameters(), strict=True)

@@ -76,3 +76,13 @@ def test_rows_are_alone_and_symmetric_mixtures_have_their_centre(generator):
     assert middle.dtype == torch.float64
     one_by_one = [quantile(0.2, *(each[row] for each in (loc, scale, log_weights))) for row in range(20)]
     assert torch.equal(torch.stack(one_by_one), quantile(0.2, loc, scale, log_weights))
+
+
+@pytest.mark.parametrize("far", [1e3, 1e20, -1e37, 1e300])
+def test_a_part_that_is_very_far_away_costs_the_others_no_digits(far):
+    loc, scale = torch.tensor([0.0, far], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    log_weights = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+    expected = float(mp.tan(mp.pi * ((0.5 - 0.1 * (far < 0)) / 0.9 - 0.5)))
+    assert float(quantile(0.5, loc, scale, log_weights)) == pytest.approx(
+        expected, rel=1e-2 if abs(far) < 1e4 else 1e-9
+    )

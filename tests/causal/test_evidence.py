@@ -699,6 +699,18 @@ def test_tokens_that_are_not_scored_leave_weights_and_a_new_text_begins_with_the
     assert towards is None
 
 
+def test_given_text_restarts_towards_the_prior_also_where_a_target_is_known():
+    log_prior, restarts = prior(0.5, [1]), (0.5,)
+    awake, gain = torch.ones(1, 4, 2, dtype=torch.bool), torch.zeros(1, 4, 2, dtype=DOUBLE)
+    yes = torch.ones(1, 4, dtype=torch.bool)
+    start, towards = tensor([[[0.5, 0.5]]]).log(), tensor([[[0.1, 0.9]]]).log()
+    for written, moved in ((None, 4), (2, 2), (0, 0)):
+        after, kept = scan(start, gain, awake, yes, ~yes, restarts, log_prior, towards, written)
+        assert kept is towards
+        assert_close(after[0, :moved].exp(), torch.full((moved, 1, 2), 0.5, dtype=DOUBLE))
+        assert bool((after[0, moved:, 0, 0].exp() < 0.45).all())
+
+
 def test_a_rule_out_of_range_is_refused():
     for base in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match="prior"):

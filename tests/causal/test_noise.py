@@ -128,6 +128,17 @@ KINDS = {
 }
 
 
+KINDS |= {
+    "speakers": lambda: Noise(
+        seeds=torch.arange(3), size=5, known=torch.rand(3, 4, 5), known_speaker=torch.rand(3, 2).double()
+    ),
+    "speakers alone": lambda: Noise(seeds=torch.arange(3), size=5, known_speaker=torch.rand(4, 3).T),
+    "a shared speaker": lambda: Noise(
+        seeds=torch.arange(3), size=5, shared=True, known_speaker=torch.rand(3, 1)
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_loaded_is_what_was_saved(kind, tmp_path):
     noise = KINDS[kind]()
@@ -136,6 +147,8 @@ def test_what_is_loaded_is_what_was_saved(kind, tmp_path):
     assert (loaded.size, loaded.shared) == (noise.size, noise.shared)
     assert torch.equal(loaded.seeds, noise.seeds)
     assert torch.equal(loaded.at(run(0, 6, 3)), noise.at(run(0, 6, 3)))
+    assert torch.equal(loaded.speaker(run(0, 6, 3)), noise.speaker(run(0, 6, 3)))
+    assert (loaded.known_speaker is None) == (noise.known_speaker is None)
     assert [path.name for path in tmp_path.iterdir()] == ["noise.safetensors"]
 
 
@@ -156,6 +169,61 @@ def test_drawing_follows_the_generator():
     assert torch.equal(first.seeds, second.seeds)
     assert len(Noise.draw(50, 2).seeds.unique()) == 50
     assert not torch.equal(Noise.draw(3, 2).seeds, Noise.draw(3, 2).seeds)
+
+
+def test_the_speakers_number_is_uniform_and_belongs_to_nothing_else():
+    steps = run(0, 4000, 3)
+    noise = Noise.draw(3, 4, seed=11)
+    speaker, drawn = noise.speaker(steps), noise.at(steps).double()
+    assert speaker.dtype == torch.float64
+    assert scipy.stats.kstest(speaker.flatten().numpy(), "uniform").pvalue > 1e-3
+    # Three individuals' numbers, at their place and at the next ones, and all of their noise: independent.
+    series = torch.cat([speaker[:, :-8], speaker[:, 1:-7], speaker[:, 2:-6], speaker[:, 4:-4]])
+    series = torch.cat([series, drawn[:, :-8].permute(0, 2, 1).flatten(0, 1)])
+    correlation = torch.corrcoef(series) - torch.eye(len(series))
+    assert correlation.abs().max() < 5 / 3992**0.5
+    # Nor is it one of the numbers that the noise has anywhere near.
+    every = torch.cat([Noise.draw(8, size, seed=8).at(run(0, 300, 8)).flatten() for size in (1, 4, 7)])
+    assert not bool(torch.isin(Noise.draw(8, 4, seed=8).speaker(run(0, 300, 8)).float(), every).any())
+    assert len(noise.speaker(steps).unique()) == 12_000
+
+
+def test_the_speakers_number_depends_on_individual_and_position_alone():
+    noise = Noise.draw(5, 7, seed=5)
+    whole = noise.speaker(run(0, 40, 5))
+    assert torch.equal(Noise.draw(5, 3, seed=5).speaker(run(0, 40, 5)), whole)
+    for first, last in ((0, 1), (7, 8), (13, 29), (39, 40)):
+        assert torch.equal(noise.speaker(run(first, last, 5)), whole[:, first:last])
+    order = [4, 0, 0, 2]
+    mixed = places([3, 3, 38, 0], [17, 4, 9, 21], [1, 2, 3, 4], [39, 0, 1, 2])
+    expected = torch.stack([whole[individual, at] for individual, at in zip(order, mixed, strict=True)])
+    assert torch.equal(noise.rows(order).speaker(mixed), expected)
+    assert torch.equal(noise.rows([3]).speaker(places([0, 0, 0, 1, 2]))[:, 2:], whole[3:4, :3])
+    assert torch.equal(noise.rows([3]).speaker(places([-1, -1, 0])), whole[3:4, :1].expand(1, 3))
+    assert len(whole.unique()) == whole.numel()
+
+
+def test_a_shared_speaker_is_one_number():
+    noise = Noise.draw(2, 4, shared=True, seed=3)
+    said = noise.speaker(run(5, 9, 2))
+    assert torch.equal(said, Noise.draw(2, 4, seed=3).speaker(run(0, 1, 2)).expand(-1, 4))
+    assert said[0, 0] != said[1, 0]
+
+
+def test_given_speakers_come_first_and_the_rest_is_drawn(generator):
+    told = torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    told[0, 1] = 1 - 1e-12
+    noise = Noise(seeds=torch.tensor([6, 7]), size=5, known_speaker=told)
+    later = Noise.draw(2, 5, seed=6)
+    expected = torch.cat([told, later.speaker(run(3, 8, 2))], dim=1)
+    assert torch.equal(noise.speaker(run(0, 8, 2)), expected)
+    assert torch.equal(noise.speaker(run(2, 4, 2)), expected[:, 2:4])
+    assert torch.equal(noise.at(run(0, 8, 2)), later.at(run(0, 8, 2)))
+    picked = noise.rows([1, 1, 0])
+    assert torch.equal(picked.known_speaker, told[[1, 1, 0]])
+    assert torch.equal(picked.speaker(run(0, 8, 3)), expected[[1, 1, 0]])
+    one = Noise(seeds=torch.arange(2), size=5, shared=True, known_speaker=told[:, :1])
+    assert torch.equal(one.speaker(run(3, 6, 2)), told[:, :1].expand(-1, 3))
 
 
 BAD = {
@@ -191,6 +259,41 @@ BAD = {
     ),
     "known flat": (lambda: Noise(seeds=torch.arange(2), size=3, known=torch.rand(3)), ShapeError, "known"),
     "another batch": (lambda: Noise.draw(2, 3, seed=1).at(run(0, 4, 3)), ShapeError, "2 individuals"),
+    "speakers of others": (
+        lambda: Noise(seeds=torch.arange(2), size=3, known_speaker=torch.rand(3, 1)),
+        ShapeError,
+        r"\(2, 1\)",
+    ),
+    "speakers flat": (
+        lambda: Noise(seeds=torch.arange(2), size=3, known_speaker=torch.rand(2)),
+        ShapeError,
+        "known speakers",
+    ),
+    "shared speakers at two places": (
+        lambda: Noise(seeds=torch.arange(2), size=3, shared=True, known_speaker=torch.rand(2, 2)),
+        ShapeError,
+        r"\(2, 1\)",
+    ),
+    "a speaker of 0": (
+        lambda: Noise(seeds=torch.arange(2), size=3, known_speaker=torch.zeros(2, 1)),
+        ConfigError,
+        "open interval",
+    ),
+    "a speaker of 1": (
+        lambda: Noise(seeds=torch.arange(2), size=3, known_speaker=torch.ones(2, 1)),
+        ConfigError,
+        "open interval",
+    ),
+    "whole speakers": (
+        lambda: Noise(seeds=torch.arange(2), size=3, known_speaker=torch.ones(2, 1).long()),
+        ShapeError,
+        "floating point",
+    ),
+    "speakers of another batch": (
+        lambda: Noise.draw(2, 3, seed=1).speaker(run(0, 4, 3)),
+        ShapeError,
+        "individuals",
+    ),
     "no such row": (lambda: Noise.draw(2, 3, seed=1).rows([0, 2]), ShapeError, r"rows \[0, 2\]"),
     "no such file": (lambda: Noise.load("absent.safetensors"), CheckpointError, "absent"),
     "share above 1": (lambda: truncate(torch.rand(3), 1.5), ConfigError, "1.5"),

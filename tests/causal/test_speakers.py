@@ -9,8 +9,10 @@ from torch.testing import assert_close
 
 from tether.cauchy.functional import from_noise
 from tether.causal.experts import Experts
+from tether.causal.observation import Observation
 from tether.causal.posterior import sample_posterior
 from tether.causal.speakers import CLEAR, Speakers
+from tether.causal.speaking import SpeakingChain
 from tether.errors import ConfigError, ShapeError
 
 DRAWS = 1_000_000
@@ -116,7 +118,10 @@ def several(runs, **options):
     return torch.stack([features(p.speaker, p.noise[:, 0], p.expert).mean(0) for p in posts])
 
 
-def test_one_noise_for_all_matches_rejection():
+@pytest.mark.slow
+@pytest.mark.parametrize("few", [8, 2])
+def test_one_noise_for_all_matches_rejection(few, monkeypatch):
+    monkeypatch.setattr("tether.causal.speaking.FEW", few)
     loc, scale, weight, log_weights, source = make(2, 3, 2, 2, 3)
     e, u, who, latent = prior(source, loc, scale, log_weights, shared=True)
     winners = (latent.float() @ weight.T).argmax(-1)
@@ -126,7 +131,7 @@ def test_one_noise_for_all_matches_rejection():
     assert len(reference) > 1000
     assert float(reference[:, :3].var(0).min()) > 0.01  # at each position several speak
     got = several(
-        12, loc=loc, scale=scale, weight=weight, log_weights=log_weights, tokens=tokens, shared=True, samples=150,
+        8, loc=loc, scale=scale, weight=weight, log_weights=log_weights, tokens=tokens, shared=True, samples=120,
         burn_in=20, candidates=2,
     )  # fmt: skip
     agree(got, reference)
@@ -185,6 +190,7 @@ def along_the_line(loc, scale, weight, log_weights, value_weight, tokens, observ
     return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [[True, False], [True, True]])
 def test_values_under_one_noise_match_integration_along_the_line(seen):
     seen = torch.tensor(seen)
@@ -201,8 +207,8 @@ def test_values_under_one_noise_match_integration_along_the_line(seen):
     expected = (individuals * (density / density.sum())[:, None]).sum(0)
     assert 0.05 < float(expected[:2].min()) < float(expected[:2].max()) < 0.95  # at each position both speak
     got = several(
-        12, loc=loc, scale=scale, weight=weight, log_weights=log_weights, tokens=tokens, shared=True,
-        values=observed, value_mask=seen, value_weight=value_weight, samples=150, burn_in=20,
+        8, loc=loc, scale=scale, weight=weight, log_weights=log_weights, tokens=tokens, shared=True,
+        values=observed, value_mask=seen, value_weight=value_weight, samples=120, burn_in=20,
     )  # fmt: skip
     agree(got, expected.expand(2, -1))
 
@@ -235,6 +241,33 @@ def test_everyone_who_acts_is_told_apart_by_the_served_rule(generator):
         assert not bool((post.expert[:, 2] == 1).any())
 
 
+@pytest.mark.parametrize("valued", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_those_who_act_as_observed_are_asked_to_speak(shared, valued, generator, monkeypatch):
+    """Whoever is chosen speaks: nothing has to be undone, and few of those who could be chosen act so."""
+    asked, kept, jumps = [], [], SpeakingChain._move
+
+    def move(chain, chosen, points):
+        others = chosen != chain.cell
+        jumps(chain, chosen, points)
+        asked.append(int(others.sum()))
+        kept.append(int((others & (chosen == chain.cell)).sum()))
+
+    monkeypatch.setattr(SpeakingChain, "_move", move)
+    loc, scale, weight, log_weights, source = make(8, 3, 3, 4, 12)
+    latent = prior(source, loc, scale, log_weights, shared, draws=1)[3][0]
+    options = {"tokens": (latent.float() @ weight.T).argmax(-1)}
+    if valued:
+        value_weight = torch.randn(4, generator=source)
+        values = (latent @ value_weight.double()).float()
+        options |= {"values": values, "value_weight": value_weight, "value_mask": torch.arange(3) == 1}
+    sample_posterior(
+        loc, scale, weight, log_weights=log_weights, shared=shared, samples=60, generator=generator, **options
+    )
+    assert sum(asked) > 10
+    assert kept == asked
+
+
 def test_cells_are_where_the_same_experts_speak():
     log_weights = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.0, 0.75]], dtype=torch.float64).log()
     law = torch.ones(2, 3, 1)
@@ -251,6 +284,20 @@ def test_cells_are_where_the_same_experts_speak():
     tiny = torch.tensor([[1 - 1e-6, 1e-6]], dtype=torch.float64).log()
     ends = Speakers.of(torch.ones(1, 2, 1), torch.ones(1, 2, 1), tiny, 1)
     assert 1 - 1e-6 < float(ends.inside(torch.tensor([1]), torch.tensor([0.5]))) < 1
+
+
+def test_a_chain_starts_with_who_is_likeliest_to_have_said_it():
+    loc = torch.tensor([[[0.0], [2.0], [5.0]]])
+    log_weights = torch.tensor([[0.6, 0.35, 0.05]], dtype=torch.float64).log()
+    speakers = Speakers.of(loc, torch.ones_like(loc), log_weights, 1)
+    weight, bias = torch.tensor([[1.0], [-1.0]]), torch.tensor([0.0, 1.0])
+    for token, expected in ((0, [1, 0, 2]), (1, [0, 1, 2])):
+        given = Observation(
+            loc=loc[:, 0], scale=torch.ones(1, 1), weight=weight, bias=bias, tokens=torch.tensor([token])
+        )
+        likely = log_weights[0].exp() * (loc[0] * weight.T + bias).double().softmax(-1)[:, token]
+        assert likely.argsort(descending=True).tolist() == expected
+        assert speakers.order(given, torch.tensor([0])).tolist() == [expected]
 
 
 def test_one_expert_with_all_the_weight_is_the_posterior_of_one_law(generator):

@@ -33,13 +33,20 @@ def test_the_commands_in_a_row(work, tether):
     assert sorted(path.name for path in (work / "digits.lora").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "tether.json",
     ]  # fmt: skip
-    code, out, err = tether("fuse", "base", "digits.lora=0.8", "--out", "served")
+    code, _, err = tether("fuse", "base", "digits.lora=0.8", "--out", "weighted")
+    assert code == 2
+    assert "by evidence an adapter takes part whole" in err
+    code, out, err = tether("fuse", "base", "digits.lora=0.8", "--by", "sum", "--out", "weighted")
     assert code == 0, err
-    assert out.startswith("served: adapters 0.8 digits, chart symmetric, gated; the base stays in base")
+    assert out.startswith("weighted: adapters 0.8 digits, chart symmetric, gated; the base stays in base")
+    code, out, err = tether("fuse", "base", "digits.lora", "--prior", 0.8, "--out", "served")
+    assert code == 0, err
+    assert out.startswith("served: adapters 1 digits, by evidence, gated; the base stays in base")
     code, out, err = tether("certify", "base", "served", "--text", "digits.jsonl", "--out", "cert.json")
     assert code == 0, err
     certificate = json.loads((work / "cert.json").read_text())
     assert certificate["fusion"]["kind"] == "adapters"
+    assert (certificate["fusion"]["by"], certificate["fusion"]["prior"]) == ("evidence", 0.8)
     assert certificate["figures"]["digits"]["softmax_kl"]["mean"] > 0
     code, out, _ = tether("verify", "cert.json", "--json")
     assert (code, json.loads(out)) == (0, {"holds": True, "differences": []})
@@ -85,7 +92,9 @@ def test_a_ledger_accounts_for_adapters(work, tether):
             "--out", f"{name}.lora", "--budget", 0.2,
         )  # fmt: skip
         assert code == 0, err
-    code, _, err = tether("fuse", "base", "digits.lora", "words.lora=0.5", "--out", "both", "--no-gate")
+    code, _, err = tether(
+        "fuse", "base", "digits.lora", "words.lora=0.5", "--by", "sum", "--out", "both", "--no-gate"
+    )
     assert code == 0, err
     code, out, err = tether("ledger", "both", "--text", "general.jsonl", "--json")
     assert code == 0, err
@@ -97,7 +106,7 @@ def test_a_ledger_accounts_for_adapters(work, tether):
     # What the removal of one leaves is what the other does alone.
     one, other = figures["domains"]["digits"], figures["domains"]["words"]
     assert figures["total"]["measured"] - one["removal"] == pytest.approx(other["alone"], rel=1e-6)
-    code, out, err = tether("fuse", "base", "words.lora=0.5", "--out", "single", "--no-gate")
+    code, out, err = tether("fuse", "base", "words.lora=0.5", "--by", "sum", "--out", "single", "--no-gate")
     code, out, err = tether("ledger", "single", "--text", "general.jsonl", "--json")
     assert json.loads(out)["total"]["measured"] == pytest.approx(other["alone"], rel=1e-5)
     code, _, err = tether(

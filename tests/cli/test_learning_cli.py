@@ -1,4 +1,4 @@
-"""Options of `learn`, and `weigh`, as a user meets them."""
+"""Options of `learn`, as a user meets them."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def work(tmp_path, monkeypatch):
 LEARN = ("learn", "base", "--base-text", "general.jsonl", "--budget", 0.05, "--cache", "cache")
 
 
-def test_learn_with_options_then_weigh_and_fuse(work, tether):
+def test_learn_with_options_then_fuse(work, tether):
     code, out, err = tether(
         *LEARN, "--text", "digits.jsonl", "--out", "digits.delta", "--features", "multi", "--location-only",
         "--quantile", 0.9, "--json",
@@ -50,27 +50,6 @@ def test_learn_with_options_then_weigh_and_fuse(work, tether):
     assert "largest latent drift at a training context" in out
     assert Delta.load("words.delta").gate is None
 
-    code, out, err = tether(
-        "weigh", "base", "digits.delta=digits.jsonl", "words.delta=words.jsonl", "--base-text", "general.jsonl",
-        "--budget", 0.02, "--cache", "cache", "--json",
-    )  # fmt: skip
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["drift"] <= 0.02
-    assert found["losses"]["optimised"]["digits"] < found["losses"]["base"]["digits"]
-    code, out, err = tether(
-        "weigh", "base", "digits.delta=digits.jsonl", "words.delta=words.jsonl", "--base-text", "general.jsonl",
-        "--budget", 0.02, "--cache", "cache", "--chart", "linear",
-    )  # fmt: skip
-    assert code == 0, err
-    # The command it prints fuses as was weighed.
-    command = out.splitlines()[0].split()
-    assert command[:3] == ["tether", "fuse", "base"]
-    assert command[-2:] == ["--out", "FUSED"]
-    code, out, err = tether(*command[1:])
-    assert code == 0, err
-    described = json.loads((work / "FUSED" / "config.json").read_text())["fusion"]
-    assert (described["chart"], described["gated"]) == ("linear", False)
     code, out, err = tether("fuse", "base", "digits.delta", "words.delta", "--no-gate", "--out", "fused")
     assert code == 0, err
     code, out, err = tether("generate", "fused", "1.2 3.4", "--new-tokens", 3)
@@ -193,12 +172,6 @@ def test_learn_prints_a_warning_where_a_domain_was_not_learnt():
         ((*LEARN, "--text", "digits.jsonl", "--out", "words.jsonl"), "exists already"),
         ((*LEARN, "--text", "digits.jsonl", "--text=words.jsonl", "--out", "a.delta"), "--text given twice"),
         (("fuse", "base", "--text", "general.jsonl", "--out", "f"), "--text general.jsonl without --budget"),
-        (
-            ("weigh", "base", "a=b.jsonl", "--base-text", "general.jsonl"),
-            "b.jsonl: no such text file",
-        ),
-        (("weigh", "base", "a.delta", "--base-text", "general.jsonl"), "law.delta=law.jsonl"),
-        (("weigh", "base", "a.delta=none.jsonl", "--base-text", "general.jsonl"), "no such text file"),
     ],
 )
 def test_unusable_requests_give_one_message_and_exit_2(work, tether, arguments, message):

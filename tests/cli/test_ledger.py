@@ -78,7 +78,7 @@ def test_softmax_gates_are_chosen_and_kept(tether, work):
     assert gate("sm-two", "law.delta", "--out", "sm-added") == "softmax"
     assert gate("sm-added", "--gate", "one-class", "--out", "sm-one") == "one-class"
     assert gate("sm-one", "--no-gate", "--out", "sm-none") is None
-    assert gate("model", "law.delta", "--out", "sm-plain") == "one-class"
+    assert gate("model", "law.delta", "--by", "sum", "--out", "sm-plain") == "one-class"
     _, out, _ = tether("fuse", "model", "law.delta", "--gate", "softmax", "--out", "sm-told")
     assert "softmax gates" in out
     # What is served differs, so the choice is no mere label.
@@ -125,11 +125,13 @@ def test_an_addition_that_breaks_the_budget_is_refused(tether, work):
             "measured"
         ]
 
-    tether("fuse", "model", "law.delta", "--no-gate", "--out", "first")
-    tether("fuse", "model", "law.delta", "code.delta", "--no-gate", "--out", "second")
+    tether("fuse", "model", "law.delta", "--by", "sum", "--no-gate", "--out", "first")
+    tether("fuse", "model", "law.delta", "code.delta", "--by", "sum", "--no-gate", "--out", "second")
     between = (drift("first") + drift("second")) / 2
     budget = ["--budget", between, "--budget-metric", "latent", "--text", "general.jsonl"]
-    code, out, _ = tether("fuse", "model", "law.delta", "--no-gate", *budget, "--out", "within")
+    code, out, _ = tether(
+        "fuse", "model", "law.delta", "--by", "sum", "--no-gate", *budget, "--out", "within"
+    )
     assert code == 0
     assert "mean drift" in out
     code, out, err = tether("fuse", "within", "code.delta", "--text", "general.jsonl", "--out", "beyond")

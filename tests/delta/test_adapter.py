@@ -213,7 +213,7 @@ def test_what_is_no_adapter_is_refused(model, adapter, tmp_path):
 
 
 def test_one_adapter_of_weight_one_is_served_as_peft_serves_it(model, adapter, generator):
-    served = serve(model, {adapter: 1.0}, gated=False)
+    served = serve(model, {adapter: 1.0}, by="sum", gated=False)
     ids = random_ids(generator)
     with torch.no_grad():
         got = served(input_ids=ids).logits
@@ -243,7 +243,7 @@ def test_moves_of_several_adapters_are_added_in_the_chart(model, adapter, other,
 
 
 def test_closed_gates_are_the_base_bit_for_bit_and_open_ones_the_adapter(model, adapter, tokenizer):
-    served = serve(model, {adapter: 1.0})
+    served = serve(model, {adapter: 1.0}, by="sum")
     for kind, seed in (("words", 9), ("digits", 9)):
         ids = tokenizer(tiny.documents(kind, 1, seed), return_tensors="pt")["input_ids"][:, :60]
         with torch.no_grad():
@@ -256,7 +256,7 @@ def test_closed_gates_are_the_base_bit_for_bit_and_open_ones_the_adapter(model, 
 
 
 def test_passes_left_out_behind_closed_gates_change_nothing(model, adapter, other, tokenizer):
-    served = serve(model, {adapter: 1.0, other: 1.0})
+    served = serve(model, {adapter: 1.0, other: 1.0}, by="sum")
     texts = tiny.documents("words", 2, 7) + tiny.documents("digits", 2, 7)
     ids = torch.stack([tokenizer(text, return_tensors="pt")["input_ids"][0, :50] for text in texts])
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_passes_left_out_behind_closed_gates_change_nothing(model, adapter, othe
 
 
 def test_generation_with_caches_writes_what_full_passes_write(model, adapter, tokenizer):
-    served = serve(model, {adapter: 1.0})
+    served = serve(model, {adapter: 1.0}, by="sum")
     prompt = tokenizer(tiny.documents("digits", 2, 8), return_tensors="pt")["input_ids"][:, :30]
     written = served.generate(prompt, do_sample=False, max_new_tokens=15, min_new_tokens=15, pad_token_id=257)
     text = prompt
@@ -289,7 +289,7 @@ def test_the_leash_holds_in_every_context(model, caches, tokenizer, metric):
     )
     figures = {}
     for leash in (None, nats):
-        served = serve(model, {wild: 1.0}, gated=False, leash=leash, leash_metric=metric)
+        served = serve(model, {wild: 1.0}, by="sum", gated=False, leash=leash, leash_metric=metric)
         drifts = []
         with torch.no_grad():
             for batch in windows.batches(8):
@@ -310,7 +310,7 @@ def test_the_leash_holds_in_every_context(model, caches, tokenizer, metric):
 
 
 def test_measured_and_certified_like_a_fusion_of_deltas(model, adapter, tokenizer, tmp_path):
-    served = serve(model, {adapter: 1.0}, gated=False)
+    served = serve(model, {adapter: 1.0}, by="sum", gated=False)
     text = tiny.documents("words", 6, 4)
     windows = window_text(text, tokenizer, length=48)
     result = measure(served, served.fusion, windows, [Variant((1.0,), "symmetric", False)])
@@ -381,11 +381,13 @@ def test_what_cannot_be_served(model, adapter):
     with pytest.raises(CheckpointError, match="was learnt on base"):
         serve(model, {Adapter(**{**adapter.__dict__, "base": "sha256:" + "0" * 64}): 1.0})
     with pytest.raises(ConfigError, match="fused already"):
-        serve(serve(model, {adapter: 1.0}), {adapter: 1.0})
+        serve(serve(model, {adapter: 1.0}, by="sum"), {adapter: 1.0})
     with pytest.raises(ConfigError, match="one beam"):
-        serve(model, {adapter: 1.0}, gated=False).generate(torch.ones(1, 4, dtype=torch.int64), num_beams=2)
+        serve(model, {adapter: 1.0}, by="sum", gated=False).generate(
+            torch.ones(1, 4, dtype=torch.int64), num_beams=2
+        )
     with pytest.raises(ConfigError, match="growing cache of its own"):
-        serve(model, {adapter: 1.0}, gated=False).generate(
+        serve(model, {adapter: 1.0}, by="sum", gated=False).generate(
             torch.ones(1, 4, dtype=torch.int64), cache_implementation="static"
         )
 

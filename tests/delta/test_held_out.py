@@ -55,7 +55,10 @@ def test_a_document_that_holds_much_of_the_text_stays_in_the_fit(windows):
     assert tokens_of(text, kept.away) <= 0.25 * tokens_of(text, torch.arange(10))
 
 
-@pytest.mark.parametrize("documents", [["a b " * 800], ["a b " * 300] * 3, ["a b " * 300] * 4])
+@pytest.mark.parametrize(
+    "documents",
+    [["a b " * 800], ["a b " * 300] * 3, ["a b " * 300] * 4, ["a b " * 80, "a b " * 800, "a b " * 80]],
+)
 def test_a_text_of_few_documents_is_cut_at_its_windows(windows, documents):
     text = windows(documents)
     kept = hold_out(text, 0.15)
@@ -86,6 +89,13 @@ def test_of_a_text_that_is_too_short_nothing_is_kept_aside_and_a_sentence_says_s
 
 def test_few_long_windows_are_too_short_as_well(windows):
     assert hold_out(windows(["a b " * 400], length=256), 0.15).kind == "none"
+
+
+def test_a_gate_has_four_windows_left_or_nothing_is_kept_aside(windows):
+    # Three windows hold most of the text; all of the others together are what should be kept aside.
+    documents = ["a b " * 125] * 3 + ["a b " * 8 + "a"] * 8
+    assert hold_out(windows(documents, length=512), 0.15).kind == "none"
+    assert hold_out(windows([*documents, documents[0]], length=512), 0.15).kind == "documents"
 
 
 def test_nothing_is_kept_aside_when_nothing_is_asked_for(windows):

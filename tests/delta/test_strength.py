@@ -223,6 +223,7 @@ def test_the_drift_on_record_is_measured_at_the_factor_taken(model, caches, over
     before, after = ((loc @ weight.T).double().log_softmax(-1) for loc in (at.loc, at.loc + at.scale * y))
     kl = (before.exp() * (before - after)).sum(-1)
     assert delta.record["drift_base"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert delta.record["base_text"]["softmax_kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -34,20 +34,24 @@ def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | No
         before: states of the positions before, shape (B, P, H).
 
     Returns:
-        The means, shape (B, T, H), float32. Sums are taken in the same order however a text was cut.
+        The means, shape (B, T, H), float32; up to rounding they do not depend on how a text was cut.
     """
     past = 0 if before is None else min(before.shape[1], window - 1)
     if before is not None and past:
         states = torch.cat([before[:, -past:], states], dim=1)
     states = states.float()
     length = places.shape[1]
+    count = (places + 1).clamp(1, window).unsqueeze(-1)
+    if length == 1:
+        # One token goes on: rows whose text began later have no token that far back.
+        far = torch.arange(past, -1, -1, device=states.device)
+        return (states * (places >= far).unsqueeze(-1)).sum(1, keepdim=True) / count
     total = torch.zeros_like(states[:, past:])
     for back in range(min(window, past + length)):
         # Rows whose text began later have no token that far back.
         first = max(0, back - past)
         seen = (places[:, first:] >= back).unsqueeze(-1)
         total[:, first:] += states[:, past + first - back : past + length - back] * seen
-    count = (places + 1).clamp(1, window).unsqueeze(-1)
     return total / count
 
 

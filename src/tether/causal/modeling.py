@@ -245,11 +245,18 @@ class CausalQwenForCausalLM(
             cache = outputs.past_key_values
             memory = None if cache is None else attach(cache, self.fusion.remembers)
             self._check_known(memory, past)
-            given = {
+            called: dict[str, Any] = {
                 "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids
             }  # fmt: skip
             reading = Reading(
-                hidden_states, mask, places, ids, numeric_values, self.config.num_token_id, written_from, given
+                hidden_states,
+                mask,
+                places,
+                ids,
+                numeric_values,
+                self.config.num_token_id,
+                written_from,
+                called,
             )
             acted = act(
                 self, reading, memory, kept=max(0, shape[1] - logits_to_keep) if logits_to_keep else 0, mode=mode,

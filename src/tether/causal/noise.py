@@ -234,13 +234,8 @@ class Noise:
 
         Raises:
             ShapeError: another number of individuals.
-        """
-        if len(positions) != len(self.seeds):
-            raise ShapeError(
-                f"noise of {len(self.seeds)} individuals for a batch of {len(positions)}: expected one each; "
-                "draw them with Noise.draw(batch, size), or pick them with noise.rows"
-            )
-        places = (torch.zeros_like(positions) if self.shared else positions.clamp(min=0)).cpu()
+        """  # noqa: DOC502 - raised by what it calls
+        places = self._places(positions)
         given = None if self.known is None else self.known.detach().cpu()
         dtype = torch.float64 if given is not None and given.dtype == torch.float64 else torch.float32
         known = 0 if given is None else given.shape[1]
@@ -266,12 +261,14 @@ class Noise:
 
         Returns:
             Uniform numbers in (0, 1), shape (B, T), float64, on the device of `positions`.
-        """
-        places = torch.zeros_like(positions) if self.shared else positions.clamp(min=0)
+
+        Raises:
+            ShapeError: another number of individuals.
+        """  # noqa: DOC502 - raised by what it calls
+        places = self._places(positions)
         told = self.known_speaker
         known = 0 if told is None else told.shape[1]
         found = torch.zeros(places.shape, dtype=torch.float64)
-        places = places.cpu()
         if places.numel() and int(places.max()) >= known:
             for row, (seed, wanted) in enumerate(zip(self.seeds.tolist(), places, strict=True)):
                 first, last = int(wanted.min()), int(wanted.max())
@@ -284,6 +281,14 @@ class Noise:
             kept = told.detach().cpu().double().gather(1, places.clamp(max=known - 1))
             found = torch.where(places < known, kept, found)
         return found.to(positions.device)
+
+    def _places(self, positions: Tensor) -> Tensor:
+        if len(positions) != len(self.seeds):
+            raise ShapeError(
+                f"noise of {len(self.seeds)} individuals for a batch of {len(positions)}: expected one each; "
+                "draw them with Noise.draw(batch, size), or pick them with noise.rows"
+            )
+        return (torch.zeros_like(positions) if self.shared else positions.clamp(min=0)).cpu()
 
     def _block(self, seed: int, first: int, count: int) -> np.ndarray:
         # A step of Philox's counter yields four numbers, so a position takes a whole number of steps.

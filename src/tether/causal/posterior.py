@@ -71,8 +71,8 @@ def sample_posterior(
     memory is the transposed weight in float64 and a few (R, V) buffers.
 
     With ``log_weights`` each position has the laws of K experts, one of whom speaks there: who does is drawn
-    with the noise (`tether.causal.speaking`). A sweep then takes K more products, and with shared noise up to
-    K * K; shared noise of which the experts' individuals have nothing in common is not explored as a whole.
+    with the noise (`tether.causal.speaking`). A sweep then takes K more products, and about eight more with shared
+    noise; shared noise of which the experts' individuals have nothing in common is not explored as a whole.
 
     Args:
         loc: locations of U, shape (R, C), R positions; (R, K, C) with ``log_weights``.

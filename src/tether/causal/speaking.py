@@ -35,6 +35,8 @@ __all__ = ["SpeakingChain"]
 
 NEGLIGIBLE = 40.0
 """Cells so many nats less likely than the present one are not looked at."""
+FEW = 8
+"""Cells looked at in one jump, on average, where several rows share a noise and each cell has a point of its own."""
 FIRST_TRIES = 50
 """Projections with which all cells are tried for a start before any is given all that are allowed."""
 BLOCK_BYTES = 64_000_000
@@ -174,7 +176,10 @@ class SpeakingChain:
         likely = log_density + self.speakers.log_share
         likely = likely - likely[self._chains, self.cell].unsqueeze(-1)
         worth = likely > -NEGLIGIBLE
-        if row is None or self.speakers.each > 1:
+        if self.speakers.each > 1 and (row is not None or len(self._valued)):
+            worth &= self._some(worth.shape)
+        worth[self._chains, self.cell] = False  # it holds where it is
+        if bool(worth.any()) and (row is None or self.speakers.each > 1):
             worth = self._holds(points, worth, row)
         worth[self._chains, self.cell] = True
         likely[self._chains, self.cell] = 0.0
@@ -212,6 +217,11 @@ class SpeakingChain:
     def _solved(self, count: int) -> Tensor:
         share = self._normals.abs().mean((1, 2)).clamp(min=1e-300).to(self._generator.device)
         return torch.multinomial(share, count, generator=self._generator).to(self.cell.device)
+
+    # Cells that are looked at where each has a point of its own: picked in a way that favours none.
+    def _some(self, shape: torch.Size) -> Tensor:
+        draw = torch.rand(shape, generator=self._generator, device=self._generator.device)
+        return draw.to(self.cell.device) < FEW / shape[-1]
 
     # In which cells all rows act as observed; what several cells have in common is scored once.
     def _holds(self, points: Tensor, worth: Tensor, row: int | None) -> Tensor:

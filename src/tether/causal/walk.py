@@ -137,10 +137,12 @@ class Walk:
     def _listen_back(self, abduction: Any) -> None:
         mixture, action = self.mixture, self.action
         held = {name: value[:, -1] for name, value in self.held.items()}
+        known = bool(held["known"].all())
+        if known and not bool(held["awake"][:, 1:].any()):
+            return  # the base alone has nobody to be compared with
         features = held["features"].to(self.reading.features)
         law = abduction(features[:, : mixture.hidden_size].to(abduction.loc.weight.dtype))
         domains = torch.stack([held["awake"][:, rows].any(-1) for rows in mixture.rows], dim=-1)
-        known = bool(held["known"].all())
         if not known:
             # Nobody asked for that law then.
             earlier = self.held["features"][:, -1 - mixture.reach : -1, : mixture.hidden_size]

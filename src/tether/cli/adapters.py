@@ -95,20 +95,24 @@ def fuse_adapters(
     paths: Mapping[str, float],
     out: Path,
     *,
-    chart: str,
+    chart: str | None,
     gate: bool,
+    by: str | None = None,
+    prior: float | None = None,
     leash: float | None = None,
     leash_metric: str = "softmax",
     as_json: bool = False,
 ) -> None:
-    """Write adapters, their weights, gates, chart and leash as one folder that AutoModelForCausalLM loads.
+    """Write adapters, how they are fused, and their gates as one folder that AutoModelForCausalLM loads.
 
     Args:
         model: the base.
         paths: folders of adapters with their weights.
         out: the folder to write.
-        chart: in which their moves are added.
+        chart: of a sum, in which their moves are added, or None.
         gate: whether each acts only on its own domain.
+        by: evidence or sum, see `tether.delta.adapter_serving.serve`.
+        prior: of evidence, weight of the base at the start of a text, or None for the default.
         leash: largest drift of any context, nats, or None.
         leash_metric: what it is in.
         as_json: print JSON.
@@ -116,6 +120,7 @@ def fuse_adapters(
     Raises:
         ConfigError: adapters together with deltas.
     """
+    from tether.causal.evidence import Rule
     from tether.causal.loading import load
     from tether.delta.adapter import Adapter, is_adapter
     from tether.delta.adapter_serving import save_adapted, serve
@@ -129,13 +134,17 @@ def fuse_adapters(
     check_free(out)
     adapters = {Adapter.load(path): weight for path, weight in paths.items()}
     base, tokenizer = load(model)
-    served = serve(base, adapters, chart=chart, gated=gate, leash=leash, leash_metric=leash_metric)
+    rule = None if prior is None else Rule(prior=prior)
+    served = serve(
+        base, adapters, by=by, rule=rule, chart=chart, gated=gate, leash=leash, leash_metric=leash_metric
+    )
     save_adapted(served, adapters, tokenizer, out, base=model)
     parts = " + ".join(f"{weight:g} {adapter.name}" for adapter, weight in adapters.items())
     described = served.config.fusion
+    how = "by evidence" if described.get("by") == "evidence" else f"chart {described['chart']}"
     emit(
         {"path": str(out), **described},
         as_json,
-        f"{out}: adapters {parts}, chart {chart}, {'gated' if described['gated'] else 'ungated'}; the base stays in "
+        f"{out}: adapters {parts}, {how}, {'gated' if described['gated'] else 'ungated'}; the base stays in "
         f"{model}",
     )

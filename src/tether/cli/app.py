@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from typer.core import TyperCommand
 
 from tether._version import __version__
-from tether.cli import causal, domains, export, ledger, merge, router, theory, training, weighing
+from tether.cli import causal, domains, export, ledger, merge, router, theory, training
 from tether.errors import ConfigError, TetherError
 
 __all__ = ["app", "main"]
@@ -59,7 +59,6 @@ app = typer.Typer(
 app.command()(domains.demo)
 app.command()(causal.convert)
 app.command()(domains.learn)
-app.command()(weighing.weigh)
 app.command()(domains.fuse)
 app.command()(domains.certify)
 app.command()(domains.verify)

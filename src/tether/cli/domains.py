@@ -219,13 +219,12 @@ def fuse(
     if any(map(is_adapter, paths)):
         beyond = {
             "remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax", "check": check,
-            "prior": prior,
         }  # fmt: skip
         if asked := [f"--{name}" for name, value in beyond.items() if value]:
             raise ConfigError(f"{', '.join(asked)} with adapters: expected deltas; leave it out")
         fuse_adapters(
-            model, paths, out, chart=chart or "symmetric", gate=not no_gate, leash=leash or None,
-            leash_metric=leash_metric, as_json=as_json,
+            model, paths, out, by=by or ("sum" if gate else None), prior=prior, chart=chart, gate=not no_gate,
+            leash=leash or None, leash_metric=leash_metric, as_json=as_json,
         )  # fmt: skip
         return
     fuse_domains(

@@ -30,16 +30,13 @@ __all__ = [  # noqa: F822 - resolved below
     "measure",
     "objective",
     "planned",
-    "problem",
     "record",
     "shards",
     "shares",
-    "solver",
     "source",
     "summary",
     "token_law",
     "training",
-    "weights",
     "windows",
 ]
 

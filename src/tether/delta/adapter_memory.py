@@ -173,7 +173,8 @@ class AdapterMemory(Memory):
             indices: which.
         """
         super().batch_select_indices(indices)
-        self._follow(indices.nonzero().squeeze(-1).tolist() if indices.dtype == torch.bool else indices.tolist())
+        indices = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+        self._follow(indices.tolist())
 
     # Give each seat to the texts that go on from its own.
     def _follow(self, origin: list[int]) -> None:

@@ -39,7 +39,8 @@ class AdapterMixture(Mixture):
             super().__init__(head.loc.in_features, head.loc.out_features, description)
         if any(each != (1.0,) for each in self.strengths):
             raise ConfigError(f"strengths {self.strengths} of adapters: expected 1 for each")
-        self.kept = (abduction, passes)  # not submodules: one is the model's, the other shares the backbone's weights
+        # Not submodules: one is the model's, the other shares the backbone's weights.
+        self.kept = (abduction, passes)
 
     def moves(self, domain: int, features: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Give the law of U that an adapter's state has.
@@ -72,10 +73,7 @@ class AdapterMixture(Mixture):
         """
         features = self._widened(reading.features)
         memory = memory if isinstance(memory, AdapterMemory) else None
-        past = 0
-        if memory is not None:
-            past = len(memory)
-            memory.settle(past)
+        past = 0 if memory is None else len(memory)
         if bool(awake.any()):
             self.kept[1].fill(self._adapted(features), self._text(reading, memory), awake, past, memory)
         return reading._replace(features=features)
@@ -92,11 +90,11 @@ class AdapterMixture(Mixture):
             The features with z'.
         """
         assert isinstance(memory, AdapterMemory)
-        memory.settle(len(memory))
         found = features.clone().unsqueeze(1)
         text = self._remembered(memory, {})
         self.kept[1].fill(self._adapted(found), text, awake.unsqueeze(1), len(memory) - 1, memory)
-        return found.squeeze(1)
+        completed: Tensor = found.squeeze(1)
+        return completed
 
     def beside(self, reading: Reading, memory: Memory) -> dict[str, Tensor]:
         """Give what is remembered of a call for adapters that sleep now and wake later: its text.
@@ -119,7 +117,10 @@ class AdapterMixture(Mixture):
         return features
 
     def _adapted(self, features: Tensor) -> Tensor:
-        return features[..., self.hidden_size :].unflatten(-1, (len(self.domains), self.hidden_size))
+        beside: Tensor = features[..., self.hidden_size :].unflatten(
+            -1, (len(self.domains), self.hidden_size)
+        )
+        return beside
 
     # The text up to the end of a call.
     def _text(self, reading: Reading, memory: AdapterMemory | None) -> Text:

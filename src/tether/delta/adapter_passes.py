@@ -1,8 +1,7 @@
 """Passes of the backbone with adapters: those that are awake, on the texts they are awake in, in one mixed batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from tether.delta.adapter import Attached
 from tether.delta.adapter_memory import AdapterMemory, Seat
+from tether.errors import ConfigError
 
 __all__ = ["Passes", "Text", "grouped"]
 
@@ -44,7 +44,9 @@ class Text(NamedTuple):
     attention_mask: Any = None
 
 
-def grouped(read: dict[Seat, int], end: int, spare: int = SPARE, most: int = TOKENS) -> list[tuple[list[Seat], int]]:
+def grouped(
+    read: dict[Seat, int], end: int, spare: int = SPARE, most: int = TOKENS
+) -> list[tuple[list[Seat], int]]:
     """Divide seats into batches that begin at one position each.
 
     Args:
@@ -64,7 +66,7 @@ def grouped(read: dict[Seat, int], end: int, spare: int = SPARE, most: int = TOK
     for seat in sorted(read, key=lambda seat: (-read[seat], seat)):
         start = read[seat]
         if groups:
-            seats, begun = groups[-1]
+            seats, _ = groups[-1]
             again = sum(read[other] - start for other in seats)
             if again <= spare and (len(seats) + 1) * (end - start) <= most:
                 groups[-1] = ([*seats, seat], start)
@@ -76,10 +78,17 @@ def grouped(read: dict[Seat, int], end: int, spare: int = SPARE, most: int = TOK
 class Passes:
     """The adapters of a fusion by evidence, as passes over texts.
 
+    A pass computes what PEFT's batches with an adapter a row (`adapter_names`) compute. These are for PEFT's models
+    around a backbone, and pick rows by lists in every layer, which costs as much as the backbone does for one token;
+    here rows of one adapter are neighbours.
+
     Args:
-        attached: twin of the backbone that holds the adapters.
+        attached: twin of the backbone that holds the adapters; from now on it runs them by passes alone.
         names: of the adapters, in the order of the fusion.
         numeric: the model's embedding of numbers.
+
+    Raises:
+        ConfigError: adapters that do more than to add B A x to what a layer gives.
     """
 
     def __init__(self, attached: Attached, names: list[str], numeric: nn.Module) -> None:
@@ -87,10 +96,19 @@ class Passes:
 
         self.attached, self.names, self.numeric = attached, names, numeric
         self.config: Any = attached.backbone.config
-        self.layers = [module for module in attached.peft.modules() if isinstance(module, LoraLayer)]
-        for layer in self.layers:
-            if type(layer.base_layer) is nn.Linear:
-                layer.base_layer.forward = partial(_product, layer.base_layer)  # the twin's own
+        self.spans: list[tuple[str, slice]] = []
+        for name, layer in attached.peft.named_modules():
+            if isinstance(layer, LoraLayer):
+                biased = any(layer.lora_B[slot].bias is not None for slot in layer.lora_B)
+                if layer.lora_variant or not layer.lora_A or biased:
+                    raise ConfigError(
+                        f"{name}: by evidence only plain LoRA on linear layers is served; use by='sum'"
+                    )
+                pairs = {
+                    slot: (layer.lora_A[slot].weight, layer.lora_B[slot].weight, layer.scaling[slot])
+                    for slot in layer.lora_A
+                }
+                layer.forward = partial(self._moved, layer.base_layer, pairs)  # the twin's own
 
     @torch.no_grad()
     def fill(self, into: Tensor, text: Text, awake: Tensor, first: int, memory: AdapterMemory | None) -> None:
@@ -143,34 +161,35 @@ class Passes:
         return given
 
     def _run(self, names: list[str], given: dict[str, Any], cache: Any) -> Tensor:
-        options = {**given, "past_key_values": cache, "use_cache": cache is not None}
-        if len(set(names)) == 1:
-            states: Tensor = self.attached.states(names[0], **options).last_hidden_state
-            return states
-        with self._mixed([self.attached.slot(name) for name in names]):
-            mixed: Tensor = self.attached.backbone(**options).last_hidden_state
-        return mixed
-
-    # PEFT's own way of a batch with an adapter a row, which its models have and a bare backbone has not.
-    @contextmanager
-    def _mixed(self, slots: list[str]) -> Iterator[None]:
-        def named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | {"adapter_names": slots}
-
-        handles = [layer.register_forward_pre_hook(named, with_kwargs=True) for layer in self.layers]
+        for name, some in groupby(enumerate(names), key=lambda pair: pair[1]):
+            rows = [row for row, _ in some]
+            self.spans.append((self.attached.slot(name), slice(rows[0], rows[-1] + 1)))
         try:
-            yield
+            output = self.attached.backbone(**given, past_key_values=cache, use_cache=cache is not None)
         finally:
-            for handle in handles:
-                handle.remove()
+            self.spans = []
+        states: Tensor = output.last_hidden_state
+        return states
+
+    # A linear layer with the adapter of each row.
+    def _moved(self, base: nn.Module, pairs: dict[str, tuple[Tensor, Tensor, float]], rows: Tensor) -> Tensor:
+        found = _product(base, rows)
+        for slot, span in self.spans:
+            if slot in pairs:
+                a, b, scaling = pairs[slot]
+                change = nn.functional.linear(nn.functional.linear(rows[span].to(a.dtype), a), b)
+                found[span].add_(change.to(found.dtype), alpha=scaling)
+        return found
 
 
 # What the layer does, for few rows in the other order.
-def _product(layer: nn.Linear, rows: Tensor) -> Tensor:
-    count = rows.numel() // layer.in_features
-    if count not in FEW or rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return nn.functional.linear(rows, layer.weight, layer.bias)
-    found = (layer.weight @ rows.reshape(count, -1).T).T.reshape(*rows.shape[:-1], -1)
+def _product(layer: nn.Module, rows: Tensor) -> Tensor:
+    count = rows.numel() // rows.shape[-1]
+    few = count in FEW and rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not few or type(layer) is not nn.Linear:
+        whole: Tensor = layer(rows)
+        return whole
+    found = (layer.weight @ rows.reshape(count, -1).T).T.reshape(*rows.shape[:-1], -1).contiguous()
     return found if layer.bias is None else found + layer.bias
 
 

@@ -232,9 +232,7 @@ def _by_evidence(described: dict[str, Any], rule: Rule) -> dict[str, Any]:
 # Options of `serve` that a description stands for; folders from before there was evidence hold sums.
 def _options(described: Mapping[str, Any]) -> dict[str, Any]:
     if described.get("by") == "evidence":
-        rule = Rule(
-            prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"]
-        )
+        rule = Rule(prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"])
         return {"by": "evidence", "rule": rule, "gated": described["gated"]}
     leash = described.get("leash") or {"nats": None, "metric": "softmax"}
     return {

@@ -96,8 +96,8 @@ def hold_out(windows: Windows, share: float) -> HeldOut:
             return HeldOut(text, numbers[~away], numbers[away], kind, note)
     note = (
         f"The text is too short ({total} tokens in {count} windows) to keep a part of it aside, which takes at least "
-        f"{round(LEAST / LARGEST)} tokens in {FEWEST_WINDOWS} windows. How well this domain was learnt is not known "
-        "until it is measured on other documents."
+        f"{round(LEAST / LARGEST)} tokens in {FEWEST_WINDOWS} windows of similar length. How well this domain was "
+        "learnt is not known until it is measured on other documents."
     )
     return HeldOut(windows, every, none, "none", note)
 

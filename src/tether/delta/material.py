@@ -13,7 +13,7 @@ from tether.delta.windows import Windows, reader, window_text
 from tether.errors import ConfigError
 from tether.store.documents import read_documents, text_hash
 
-__all__ = ["HELD_OUT", "Material", "check_plain", "gather", "states_of"]
+__all__ = ["HELD_OUT", "Material", "gather", "states_of"]
 
 HELD_OUT = 0.4
 """Share of the base text on which the budget is met; the fit sees the rest."""
@@ -67,7 +67,7 @@ def gather(
         ConfigError: a text missing, empty or shorter than one context, too few windows for a gate, or a model that
             is fused already.
     """  # noqa: DOC502 - raised by what it calls
-    check_plain(model)
+    _check_plain(model)
     own, base = (read_documents(t) if isinstance(t, str | Path) else list(t) for t in (texts, base_texts))
     if len(base) == 1:
         at = round((1 - HELD_OUT) * len(base[0]))
@@ -93,15 +93,8 @@ def gather(
     return Material(name or called, (domain, fitted, held_out), hashes, own)
 
 
-def check_plain(model: Any) -> None:
-    """Refuse a model that is fused: what is learnt or weighed stands on a base.
-
-    Args:
-        model: a CausalQwenForCausalLM.
-
-    Raises:
-        ConfigError: it has deltas or adapters.
-    """
+# What is learnt stands on a base.
+def _check_plain(model: Any) -> None:
     if model.config.fusion:
         domains = ", ".join(model.config.fusion["domains"])
         raise ConfigError(
