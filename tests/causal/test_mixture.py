@@ -290,8 +290,11 @@ def test_a_cache_that_is_cropped_reordered_or_repeated_is_that_of_the_other_text
     emptied = cache()
     memory = emptied.layers[-1]
     assert len(memory) == 16
-    assert [value.shape[1] for value in memory.last(3).values()] == [3] * 5
+    assert [value.shape[1] for value in memory.last(3).values()] == [3] * len(memory.held)
     assert torch.equal(memory.last(3)["state"], memory.held["state"][:, -3:])
+    memory.crop(-3)
+    memory.crop(0)
+    assert len(memory) == 13
     memory.reset()
     assert len(memory) == 0
 
@@ -422,7 +425,7 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
     assert_close(recent_mean(states, places, window), expected)
     if cut:
         two = recent_mean(states[:, cut:], places[:, cut:], window, states[:, :cut])
-        assert torch.equal(two, recent_mean(states, places, window)[:, cut:])
+        assert_close(two, recent_mean(states, places, window)[:, cut:])
 
 
 # Prompts
@@ -651,7 +654,7 @@ def test_sampling_options_are_made_to_each_expert_before_they_are_mixed(model, d
         return_dict_in_generate=True, pad_token_id=257,
     )  # fmt: skip
     assert_close(got.scores[0].softmax(-1).double(), law, rtol=1e-3, atol=1e-6)
-    assert torch.equal(got.scores[0] > -math.inf, law > 0)
+    assert torch.equal(got.scores[0] > -9e3, law > 0)
     # By the configuration too, and nothing where all is neutral.
     fused.generation_config.temperature, fused.generation_config.top_p = 0.7, 0.8
     again = fused.generate(
@@ -669,6 +672,34 @@ def test_sampling_options_are_made_to_each_expert_before_they_are_mixed(model, d
     )  # fmt: skip
     plain = torch.einsum("bk,kbv->bv", weights, scores[:, :, -1].softmax(-1))
     assert_close(neutral.scores[0].softmax(-1).double(), plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_what_the_loop_suppresses_may_be_all_that_is_left(model, deltas, ids, cut):
+    fused = fuse(model, dict.fromkeys(deltas, 1.0))
+    with torch.no_grad():
+        order = fused(input_ids=ids[:1], written_from=ids.shape[1]).logits[0, -1].argsort(descending=True)
+    likely = [int(order[0]), int(fused.generate(ids[:1], max_new_tokens=1, pad_token_id=257)[0, -1])]
+    drawn = fused.generate(
+        ids[:1], do_sample=True, max_new_tokens=1, suppress_tokens=likely, pad_token_id=257, **cut
+    )
+    assert int(drawn[0, -1]) not in likely
+
+
+def test_weights_are_carried_over_padding_within_a_text(model, deltas, ids):
+    """A row that was padded on the right and goes on with its cache: padding neither restarts nor judges."""
+    fused = fuse(model, dict.fromkeys(deltas, 1.0), gated=False, rule=RULE)
+    pad = torch.full((len(ids), 3), 257)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(pad), torch.ones_like(ids[:, :4])], dim=1)
+    begun = fused(input_ids=torch.cat([ids, pad], 1), attention_mask=mask[:, :26], output_weights=True)
+    more = fused(
+        input_ids=ids[:, :4], attention_mask=mask, past_key_values=begun.past_key_values, output_weights=True,
+        position_ids=torch.arange(23, 27).expand(len(ids), 4),
+    )  # fmt: skip
+    end = begun.log_weights[:, 22]
+    # The first token after the hole is predicted by nobody, so it says nothing.
+    assert_close(more.log_weights[:, 0], end)
+    assert float((more.log_weights[:, 1] - end).abs().max()) > 1e-4
 
 
 # Other modes

@@ -215,14 +215,15 @@ def test_the_deterministic_law_is_the_mixture_of_firing_probabilities(gated):
     ids, action = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(1)), fused.action
     with torch.no_grad():
         out = fused(input_ids=ids, mode="deterministic", output_weights=True)
-        total = 0.0
+        total, base = 0.0, None
         for number, each in enumerate(alone):
             law = each(input_ids=ids)
             weight = action.weight.double()
             loc = law.latent_loc.double() @ weight.T
             scale = law.latent_log_scale.double().exp() @ weight.abs().T + action.noise_scale.double()
             own = 0.5 + torch.atan((loc - action.thresholds(loc).double()) / scale) / torch.pi
-            base = own if number == 0 else base
+            if number == 0:
+                base = own
             total = total + out.log_weights[..., number].exp().unsqueeze(-1) * own
     assert_close(out.logits.double(), total.log(), rtol=1e-4, atol=1e-4)
     assert float((total.log() - base.log()).abs().max()) > 0.01

@@ -57,7 +57,8 @@ def test_the_commands_in_a_row(learnt, tether, monkeypatch):
     certificate = json.loads((learnt / "cert.json").read_text())
     assert set(certificate["figures"]) == {"general", "digits"}
     assert certificate["fusion"]["by"] == "evidence"
-    assert certificate["fusion"]["strengths"] == [[0.4, 0.8]]
+    assert certificate["fusion"]["weights"] == [0.8]
+    assert certificate["fusion"]["strengths"] == [[0.5, 1.0]]
     code, out, _ = tether("verify", "cert.json", "--json")
     assert (code, json.loads(out)) == (0, {"holds": True, "differences": []})
     code, out, _ = tether("generate", "fused", "1.2 3.4", "--new-tokens", 5)

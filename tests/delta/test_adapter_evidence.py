@@ -12,7 +12,7 @@ import tiny
 from tether.causal.evidence import Rule
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
-from tether.causal.walk import PROMPT
+from tether.causal.walk import PROMPT, Reading
 from tether.delta.account import account
 from tether.delta.adapter import Adapter, Attached, lora_config
 from tether.delta.adapter_memory import AdapterMemory
@@ -326,8 +326,10 @@ def test_positions_that_were_told_are_those_of_catching_up(served, monkeypatch):
         cache = served(input_ids=ids[:, :20], position_ids=places[:, :20]).past_key_values
         found = served(input_ids=ids[:, 20:], past_key_values=cache).logits
         assert_close(found, whole, rtol=0, atol=1e-4)
-        with pytest.raises(ConfigError, match="one position a token"):
-            served(input_ids=ids, position_ids=places.expand(3, 2, -1))
+    three = {"position_ids": places.expand(3, 2, -1)}
+    reading = Reading(torch.zeros(2, 30, 32), torch.ones(2, 30) > 0, places, ids, given=three)
+    with pytest.raises(ConfigError, match="one position a token"):
+        served.fusion.read(reading, torch.ones(2, 30, 3) > 0, None)
 
 
 def test_texts_of_a_batch_sleep_on_their_own(served, monkeypatch):

@@ -18,6 +18,8 @@ __all__ = ["Experts", "Scores"]
 
 FEW = 8
 """Rows up to which a product with the output head is done with columns on the right."""
+BELOW = 1e4
+"""How far what everybody cuts off lies below what they keep."""
 TINY = 1e-30
 """Probabilities below this are added up in logarithms."""
 CLIP = 1.0
@@ -118,8 +120,9 @@ class Experts:
         rows, count = self.loc.to(action.weight.dtype), len(self.entry)
         if len(rows) == count:
             return Scores(self, action.score_loc(self.loc), rows.new_zeros(0, 1))
-        if len(rows) <= FEW:
-            # With columns on the right the weight is read once, with rows on the left once for each (docs/leash.md).
+        if len(rows) <= FEW and bool((self.awake.sum(-1) > 1).all()):
+            # With columns on the right the weight is read once, with rows on the left once for each (docs/leash.md);
+            # not where the base is alone in a context, since its scores are then its own to the last bit.
             scores = (action.weight @ rows.T).T
             scores = scores if action.bias is None else scores + action.bias
             found = Scores(self, scores[:count], scores[count:])
@@ -263,9 +266,11 @@ class Scores:
             warp: from scores of n laws, shape (n, V), to scores, shape (n, V), -inf where cut off.
 
         Returns:
-            Logits on the scale of the base's, shape (M, V), float32, -inf where everybody cuts a class off.
+            Logits on the scale of the base's, shape (M, V), float32. What everybody cuts off has no probability in
+            single precision, and is still in order below the rest: where the stock loop suppresses all that is left,
+            the best of it is taken, as it would be without a mixture.
         """
-        logits = warp(self.base.float())
+        logits = self._cut(warp(self.base.float()), self.base.float())
         if not bool(self.mixed.any()):
             return logits
         place, count = self.mixed.cumsum(0) - 1, int(self.mixed.sum())
@@ -273,7 +278,12 @@ class Scores:
         laws = warp(self.parts).softmax(-1) * share.exp().unsqueeze(-1)
         prob = laws.new_zeros(count, laws.shape[1]).index_add_(0, place[self.part_rows], laws)
         norm = logits[self.mixed].logsumexp(-1, keepdim=True)
-        return logits.index_put((self.mixed.nonzero().squeeze(-1),), prob.log() + norm)
+        mixed = self._cut(prob.log() + norm, self.served(log_weights)[self.mixed])
+        return logits.index_put((self.mixed.nonzero().squeeze(-1),), mixed)
+
+    @staticmethod
+    def _cut(warped: Tensor, whole: Tensor) -> Tensor:
+        return torch.where(warped == -torch.inf, whole - BELOW, warped)
 
 
 def fired(experts: Experts, action: Any, log_weights: Tensor) -> Tensor:

@@ -106,7 +106,10 @@ class Mixture(Fusion):
                 f"strengths {strengths} of {len(self.domains)} domains: expected one or more finite numbers other than "
                 "0 for each"
             )
-        self.strengths = tuple(tuple(float(s) for s in each) for each in strengths)
+        self.strengths = tuple(
+            tuple(weight * float(s) for s in each)
+            for weight, each in zip(self.weights, strengths, strict=True)
+        )
         self.rule = Rule(
             prior=float(description["prior"]),
             restarts=tuple(float(share) for share in description["restarts"]),

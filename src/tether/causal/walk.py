@@ -71,13 +71,10 @@ class Walk:
         device = reading.mask.device
         self.log_prior = mixture.log_prior.to(device)
         restarts, experts = len(mixture.rule.restarts), mixture.experts
-        self.fresh = ~reading.mask | (reading.places == 0)
+        self.fresh = reading.places == 0
         self.scored = self._scored()
         first = int(self.scored.any(0).int().argmax()) if bool(self.scored.any()) else length
         self.begin_at = min(kept, max(first - 1, 0) if first < length else length)
-        # A text may go on after this call: the law at its end is what the next token is predicted by.
-        if memory is not None and self._evidence(self.past + length):
-            self.begin_at = min(self.begin_at, length - 1)
         self.domains = self._awake()
         self.gain = torch.zeros(batch, length, experts, dtype=torch.float64, device=device)
         self.told = torch.zeros(batch, length, experts, dtype=torch.bool, device=device)
@@ -101,20 +98,15 @@ class Walk:
         self.done = 0
         self._scan(min(self.begin_at + 1, length))
 
-    # Whether a token at a position of the whole text counts as evidence.
-    def _evidence(self, position: int) -> bool:
-        written = self.reading.written
-        return self.reading.ids is not None and (written is None or position >= written - PROMPT)
-
+    # Which tokens count as evidence: those that follow another token of their text, not what padding predicted.
     def _scored(self) -> Tensor:
         reading = self.reading
-        scored = ~self.fresh
         if reading.ids is None:
-            return torch.zeros_like(scored)
+            return torch.zeros_like(self.fresh)
+        before = self.held["mask"][:, -1:] if self.held else torch.zeros_like(reading.mask[:, :1])
+        scored = reading.mask & torch.cat([before, reading.mask[:, :-1]], dim=1) & ~self.fresh
         if reading.written is not None:
             scored[:, : max(0, reading.written - PROMPT - self.past)] = False
-        if not self.held:
-            scored[:, :1] = False
         return scored
 
     def _awake(self) -> Tensor:
@@ -268,6 +260,7 @@ class Walk:
         known[:, self.begin_at :] = True
         return {
             "features": self.reading.features.detach(),
+            "mask": self.reading.mask,
             "awake": self.awake,
             "known": known,
             "excess": self.excess,

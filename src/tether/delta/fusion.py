@@ -172,11 +172,9 @@ def manner(by: str | None, rule: Rule | None, of_sums: Mapping[str, Any]) -> str
 
 def _by_evidence(described: dict[str, Any], deltas: Mapping[Delta, float], rule: Rule) -> dict[str, Any]:
     described = {key: value for key, value in described.items() if key != "chart"}
-    strengths = [[weight * strength for strength in delta.strengths] for delta, weight in deltas.items()]
     return described | {
         "by": "evidence",
-        "weights": [1.0] * len(strengths),  # they are in the strengths
-        "strengths": strengths,
+        "strengths": [list(delta.strengths) for delta in deltas],
         "prior": rule.prior,
         "restarts": list(rule.restarts),
         "floor": rule.floor,

@@ -121,16 +121,18 @@ def _regrets(mixture: Mixture, account: Account, numbers: Tensor | None) -> dict
     ]
     found = {}
     for name, rows in names:
-        paid = torch.arange(rows.start, rows.stop)
         allowed = torch.tensor(
             [
-                [regret_allowed(mixture.rule, prior[k], count, floored=k > 0) for k in paid.tolist()]
+                [
+                    regret_allowed(mixture.rule, prior[k], count, floored=k > 0)
+                    for k in range(rows.start, rows.stop)
+                ]
                 for count in tokens
             ],
             dtype=torch.float64,
         )
-        # A number can move weights by its clip; against the base once, against another expert twice.
-        allowed = allowed + values.unsqueeze(-1) * CLIP * (1.0 + (paid > 0))
+        # A number can move weights by its clip.
+        allowed = allowed + values.unsqueeze(-1) * CLIP
         own = lost[:, rows]
         over = own > allowed + slack.unsqueeze(-1)
         # Of a domain's strengths the one that did best on the window is what the fusion is held to.
