@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
 import tiny
 from tether.causal.evidence import Rule
@@ -211,6 +211,9 @@ def test_beams(served, rows):
         assert torch.equal(
             served.generate(ids, **GREEDY, num_beams=beams), uncached(served, ids, num_beams=beams)
         )
+    told = GenerationConfig(**GREEDY, num_beams=3, eos_token_id=256, bos_token_id=256)
+    assert torch.equal(served.generate(ids, told), served.generate(ids, **GREEDY, num_beams=3))
+    assert not torch.equal(served.generate(ids, told), served.generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("left", [True, False])

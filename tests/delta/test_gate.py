@@ -184,7 +184,7 @@ def test_a_fusion_with_softmax_gates_shares_each_context(model, caches, backgrou
         for name, head in zip(("digits", "words"), heads, strict=True)
     ]
     weights = dict.fromkeys(deltas, 1.0)
-    shared, single = fuse(model, weights, gate="softmax"), fuse(model, weights)
+    shared, single = fuse(model, weights, gate="softmax"), fuse(model, weights, by="sum")
     assert (shared.config.fusion["gate"], single.config.fusion["gate"]) == ("softmax", "one-class")
     z, mask = torch.randn(2, 20, 32), torch.ones(2, 20, dtype=torch.bool)
     z[0] = caches["digits"].states[:20].float()

@@ -1,5 +1,6 @@
 """Configuration of a model served with adapters."""
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -7,8 +8,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 
 from tether.causal.config import CausalQwenConfig
+from tether.causal.evidence import Rule
+from tether.delta.adapter import Adapter
+from tether.delta.gate import describe_gates
 
-__all__ = ["AdaptedConfig"]
+__all__ = ["AdaptedConfig", "describe", "describe_evidence", "serving_options"]
 
 
 @strict
@@ -26,6 +30,69 @@ class AdaptedConfig(CausalQwenConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         import_module("tether.delta.adapter_serving")
+
+
+def describe(adapters: Sequence[Adapter], weights: Sequence[float], gated: bool) -> dict[str, Any]:
+    """Describe what a fusion of adapters consists of, however they are fused.
+
+    Args:
+        adapters: in their order.
+        weights: of each.
+        gated: whether each acts only where its gate is open; then all have one.
+
+    Returns:
+        The beginning of `CausalQwenConfig.fusion`.
+    """
+    described: dict[str, Any] = {
+        "kind": "adapters",
+        "gated": gated,
+        "domains": [adapter.name for adapter in adapters],
+        "native": ["symmetric"] * len(adapters),
+        "weights": [float(weight) for weight in weights],
+        "location_only": False,
+        "budgets": [{key: adapter.record.get(key) for key in ("metric", "budget")} for adapter in adapters],
+    }
+    if gated:
+        described |= describe_gates([adapter.gate for adapter in adapters if adapter.gate is not None])
+    return described
+
+
+def describe_evidence(adapters: Sequence[Adapter], rule: Rule) -> dict[str, Any]:
+    """Describe that adapters are fused by evidence.
+
+    Args:
+        adapters: in their order.
+        rule: how experts are weighted.
+
+    Returns:
+        The rest of `CausalQwenConfig.fusion`.
+    """
+    return {
+        "by": "evidence",
+        "strengths": [list(adapter.strengths) for adapter in adapters],
+        "prior": rule.prior,
+        "restarts": list(rule.restarts),
+        "floor": rule.floor,
+    }
+
+
+def serving_options(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options of `tether.delta.adapter_serving.serve` that a description stands for.
+
+    Args:
+        described: `CausalQwenConfig.fusion`; one from before there was evidence says nothing of it, and is a sum.
+
+    Returns:
+        Keyword arguments.
+    """
+    if described.get("by") == "evidence":
+        rule = Rule(prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"])
+        return {"by": "evidence", "rule": rule, "gated": described["gated"]}
+    leash = described.get("leash") or {"nats": None, "metric": "softmax"}
+    return {
+        "by": "sum", "chart": described["chart"], "gated": described["gated"], "leash": leash["nats"],
+        "leash_metric": leash["metric"],
+    }  # fmt: skip
 
 
 AutoConfig.register("causal_qwen_adapted", AdaptedConfig, exist_ok=True)

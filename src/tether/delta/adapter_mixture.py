@@ -108,7 +108,9 @@ class AdapterMixture(Mixture):
         """
         assert isinstance(memory, AdapterMemory)
         memory.placed = memory.placed or (reading.given or {}).get("position_ids") is not None
-        return _spelled(reading, len(memory))
+        spelled = _spelled(reading, len(memory))
+        spelled.pop("mask")  # every mixture remembers it
+        return spelled
 
     def _widened(self, states: Tensor) -> Tensor:
         width = self.hidden_size

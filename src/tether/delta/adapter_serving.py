@@ -25,12 +25,12 @@ from tether.causal.mixture import Mixture
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter import Adapter, Attached
 from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
-from tether.delta.adapter_config import AdaptedConfig
+from tether.delta.adapter_config import AdaptedConfig, describe, describe_evidence, serving_options
 from tether.delta.adapter_mixture import AdapterMixture
 from tether.delta.adapter_passes import Passes
 from tether.delta.cache import backbone_print
 from tether.delta.fusion import manner
-from tether.delta.gate import describe_gates, put_gate
+from tether.delta.gate import put_gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
@@ -76,12 +76,14 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
             str(beside) if beside.exists() else str(config.base), None if dtype == "auto" else dtype
         )
         loaded = [Adapter.load(folder / name) for name in described["domains"]]
-        served = serve(base, dict(zip(loaded, described["weights"], strict=True)), **_options(described))
+        served = serve(
+            base, dict(zip(loaded, described["weights"], strict=True)), **serving_options(described)
+        )
         served.config.base = config.base
         served.name_or_path = str(folder)
         return served
 
-    def generate(self, *inputs: Any, num_beams: int = 1, **options: Any) -> Any:
+    def generate(self, *inputs: Any, num_beams: int | None = None, **options: Any) -> Any:
         """Write; see `CausalQwenForCausalLM.generate`.
 
         Args:
@@ -95,13 +97,13 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         Raises:
             ConfigError: more than one beam of a sum.
         """
-        if isinstance(self.fusion, Mixture):
-            return super().generate(*inputs, num_beams=num_beams, **options)
+        if num_beams is not None:
+            options["num_beams"] = num_beams
         given = [config for config in (options.get("generation_config"), *inputs[1:2]) if config is not None]
-        num_beams = max([num_beams, *(getattr(config, "num_beams", None) or 1 for config in given)])
-        if num_beams != 1:
+        beams = max([num_beams or 1, *(getattr(config, "num_beams", None) or 1 for config in given)])
+        if beams != 1 and not isinstance(self.fusion, Mixture):
             raise ConfigError(
-                f"num_beams={num_beams}: a sum of adapters writes with one beam; leave it out, or serve by evidence"
+                f"num_beams={beams}: a sum of adapters writes with one beam; leave it out, or serve by evidence"
             )
         return super().generate(*inputs, **options)
 
@@ -176,11 +178,13 @@ def serve(
         raise ConfigError(
             f"{', '.join(ungated)}: no gate in the adapter; learn it with a gate, or serve without"
         )
-    described = _describe(adapters, chart, not ungated if gated is None else gated)
+    described = describe(list(adapters), list(adapters.values()), not ungated if gated is None else gated)
     if by == "evidence":
-        described = _by_evidence(described, rule or Rule())
-    elif leash is not None:
-        described["leash"] = {"nats": leash, "metric": leash_metric}
+        described |= describe_evidence(list(adapters), rule or Rule())
+    else:
+        described["chart"] = chart
+        if leash is not None:
+            described["leash"] = {"nats": leash, "metric": leash_metric}
     with torch.device("meta"):
         served = AdaptedForCausalLM(AdaptedConfig(**model.config.to_dict()))
     served.config.fusion = described
@@ -216,46 +220,6 @@ def _check_experts(model: CausalQwenForCausalLM, adapters: Mapping[Adapter, floa
             f"layers of kind {', '.join(other)}: adapters that sleep need a cache that can be cut anywhere; serve with "
             "by='sum'"
         )
-
-
-def _by_evidence(described: dict[str, Any], rule: Rule) -> dict[str, Any]:
-    described = {key: value for key, value in described.items() if key != "chart"}
-    return described | {
-        "by": "evidence",
-        "strengths": [[1.0]] * len(described["domains"]),
-        "prior": rule.prior,
-        "restarts": list(rule.restarts),
-        "floor": rule.floor,
-    }
-
-
-# Options of `serve` that a description stands for; folders from before there was evidence hold sums.
-def _options(described: Mapping[str, Any]) -> dict[str, Any]:
-    if described.get("by") == "evidence":
-        rule = Rule(prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"])
-        return {"by": "evidence", "rule": rule, "gated": described["gated"]}
-    leash = described.get("leash") or {"nats": None, "metric": "softmax"}
-    return {
-        "by": "sum", "chart": described["chart"], "gated": described["gated"], "leash": leash["nats"],
-        "leash_metric": leash["metric"],
-    }  # fmt: skip
-
-
-def _describe(adapters: Mapping[Adapter, float], chart: str, gated: bool) -> dict[str, Any]:
-    gates = [adapter.gate for adapter in adapters if adapter.gate is not None]
-    described: dict[str, Any] = {
-        "kind": "adapters",
-        "chart": chart,
-        "gated": gated,
-        "domains": [adapter.name for adapter in adapters],
-        "native": ["symmetric"] * len(adapters),
-        "weights": [float(weight) for weight in adapters.values()],
-        "location_only": False,
-        "budgets": [{key: adapter.record.get(key) for key in ("metric", "budget")} for adapter in adapters],
-    }
-    if gated:
-        described |= describe_gates(gates)
-    return described
 
 
 @torch.no_grad()
