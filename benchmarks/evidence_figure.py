@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tether.causal.loading import load
+from tether.delta.fusion import fuse, unfuse
 from tether.demo.corpora import DOMAINS, documents
 
 __all__ = ["draw", "weights_along"]
@@ -85,7 +86,10 @@ def main() -> None:
     parser.add_argument("fused", help="folder of the demo's fused model")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    model, tokenizer = load(arguments.fused)
+    served, tokenizer = load(arguments.fused)
+    base, deltas = unfuse(served)
+    # Gates open late where a text goes over into another; here evidence alone is to be seen.
+    model = fuse(base, deltas, by="evidence", gated=False)
     names = ["code", "bible", "tables"]
     parts = [next(text for text in documents(DOMAINS[name]) if len(text) > 8 * PIECE) for name in names]
     rows, gain = weights_along(model, tokenizer, parts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tether.delta.delta import check_carried
+from tether.delta.carried import check_carried
 from tether.delta.gate import Gate
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest

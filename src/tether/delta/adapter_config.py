@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 
 from tether.causal.config import CausalQwenConfig
 from tether.causal.evidence import Rule
-from tether.delta.adapter import Adapter
-from tether.delta.gate import describe_gates
+
+if TYPE_CHECKING:
+    from tether.delta.adapter import Adapter
 
 __all__ = ["AdaptedConfig", "describe", "describe_evidence", "serving_options"]
 
@@ -32,7 +33,7 @@ class AdaptedConfig(CausalQwenConfig):
         import_module("tether.delta.adapter_serving")
 
 
-def describe(adapters: Sequence[Adapter], weights: Sequence[float], gated: bool) -> dict[str, Any]:
+def describe(adapters: "Sequence[Adapter]", weights: Sequence[float], gated: bool) -> dict[str, Any]:
     """Describe what a fusion of adapters consists of, however they are fused.
 
     Args:
@@ -53,11 +54,14 @@ def describe(adapters: Sequence[Adapter], weights: Sequence[float], gated: bool)
         "budgets": [{key: adapter.record.get(key) for key in ("metric", "budget")} for adapter in adapters],
     }
     if gated:
+        # Gates read states; a configuration is needed before any of that can be imported.
+        from tether.delta.gate import describe_gates
+
         described |= describe_gates([adapter.gate for adapter in adapters if adapter.gate is not None])
     return described
 
 
-def describe_evidence(adapters: Sequence[Adapter], rule: Rule) -> dict[str, Any]:
+def describe_evidence(adapters: "Sequence[Adapter]", rule: Rule) -> dict[str, Any]:
     """Describe that adapters are fused by evidence.
 
     Args:

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tether.delta.carried import STRENGTHS, check_carried
 from tether.delta.gate import Gate
-from tether.delta.held_out import SAMPLE_BYTES, SAMPLE_DOCUMENTS
-from tether.delta.strength import STRENGTHS
 from tether.errors import CheckpointError
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
-__all__ = ["Delta", "check_carried"]
+__all__ = ["Delta"]
 
 FORMAT = 2
 """2: may read states of middle layers."""
@@ -144,43 +143,6 @@ class Delta:
             layers=tuple(described.get("layers", ())),
             sample=tuple(described.get("sample", ())),
         )
-
-
-def check_carried(path: Path, record: Any, sample: Any) -> None:
-    """Check what a delta or an adapter says of its strengths and carries of its domain.
-
-    Args:
-        path: where it was read from.
-        record: its record.
-        sample: its sample.
-
-    Raises:
-        CheckpointError: the record is no mapping, its strengths are no ascending numbers in (0, 1], or the
-            sample is no list of texts within `SAMPLE_DOCUMENTS` and `SAMPLE_BYTES`.
-    """
-    wrong = None
-    if not isinstance(record, dict):
-        wrong = "its record is no mapping"
-    elif not _ascending(record.get("strengths", list(STRENGTHS))):
-        wrong = f"strengths {record['strengths']!r} in its record are no ascending numbers in (0, 1]"
-    elif not (isinstance(sample, list) and all(isinstance(text, str) for text in sample)):
-        wrong = "its sample is no list of texts"
-    elif len(sample) > SAMPLE_DOCUMENTS or sum(_bytes(text) for text in sample) > SAMPLE_BYTES:
-        wrong = f"its sample is above {SAMPLE_DOCUMENTS} texts or {SAMPLE_BYTES} bytes"
-    if wrong:
-        raise CheckpointError(f"{path}: damaged, {wrong}; take another copy, or learn it again")
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode(errors="surrogatepass"))
-
-
-def _ascending(strengths: Any) -> bool:
-    if not isinstance(strengths, list) or not strengths:
-        return False
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in strengths):
-        return False
-    return all(0 < value <= 1 for value in strengths) and strengths == sorted(set(strengths))
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

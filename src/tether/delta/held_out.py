@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tether.delta.cache import StateCache
+from tether.delta.carried import SAMPLE_BYTES, SAMPLE_DOCUMENTS
 from tether.delta.gate import FOLDS
 from tether.delta.windows import Windows
 from tether.errors import ConfigError
@@ -21,8 +22,6 @@ LARGEST = 0.25
 """Share of the text's tokens that is kept aside at most, unless a larger one was asked for."""
 FEWEST_DOCUMENTS, FEWEST_WINDOWS = 4, 8
 """A text of fewer documents is cut at its windows; a text of fewer windows has nothing kept aside."""
-SAMPLE_DOCUMENTS, SAMPLE_BYTES = 16, 32_768
-"""What a delta carries of the documents kept aside, at most."""
 
 
 class HeldOut(NamedTuple):

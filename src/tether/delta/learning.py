@@ -13,6 +13,7 @@ from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers,
 from tether.delta.basis import middle_basis
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, latent_print
+from tether.delta.carried import STRENGTHS
 from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
 from tether.delta.head import METRICS
@@ -22,7 +23,7 @@ from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
 from tether.delta.ray import MEASURED, Needs, Ray
 from tether.delta.source import Source, reference, set_aside, spread
-from tether.delta.strength import STRENGTHS, change_figures
+from tether.delta.strength import change_figures
 from tether.delta.training import Aside, Fit, Step, Training
 from tether.delta.windows import reader
 from tether.errors import ConfigError

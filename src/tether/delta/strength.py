@@ -15,7 +15,6 @@ from tether.stats import standard_error
 
 __all__ = [
     "STEP",
-    "STRENGTHS",
     "Change",
     "Strength",
     "base_law",
@@ -25,8 +24,6 @@ __all__ = [
     "token_nll",
 ]
 
-STRENGTHS = (0.5, 1.0)
-"""Strengths, relative to the saved heads, at which a delta takes part in a fusion that weights by evidence."""
 STEP = 0.125
 """Distance of the shares that are looked at, and the smallest of them."""
 
