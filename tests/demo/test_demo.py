@@ -71,9 +71,13 @@ def test_the_small_version_already_shows_what_the_demo_claims(demo):
         assert record["drift_base"] <= budget
     for text, cells in results["cells"].items():
         if results["texts"][text]["kind"] == "base":
-            assert cells["gated"]["softmax_kl"]["mean"] <= 0.005
+            assert cells["evidence"]["softmax_kl"]["mean"] <= 0.001
         for column in results["columns"][1:]:
-            assert cells[column]["bound"]["violations"] == 0
+            if column != "evidence":
+                assert cells[column]["bound"]["violations"] == 0
+        served = cells["evidence"]
+        assert [served[name]["violations"] for name in ("parts", "worst_token")] == [0, 0]
+        assert all(party["violations"] == 0 for party in served["regret"].values())
     assert results["bounds"]["contexts"] > 10_000
 
 

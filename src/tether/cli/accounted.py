@@ -17,7 +17,7 @@ def account_lines(name: str, row: Mapping[str, Any]) -> list[str]:
         Lines, the first with the name.
     """
     kl, worst, change = row["softmax_kl"], row["worst_token"], row["nll_change"]["mean"]
-    verdict = "no worse than" if change <= 0.0005 else f"{change:.3f} worse than"
+    verdict = f"{abs(change):.3f} {'more' if change > 0 else 'less'} than" if abs(change) > 0.0005 else "as"
     lines = [
         f"{name}: the loss is {row['nll']:.3f} a token, {verdict} the base's {row['nll_base']:.3f}, on "
         f"{row['tokens']:,} tokens of {row['documents']} documents.",
@@ -33,8 +33,8 @@ def account_lines(name: str, row: Mapping[str, Any]) -> list[str]:
             f"{broken} times, over the base and all domains."
         )
     lines.append(
-        f"  The worst token lost {max(worst['lost'], 0):.2f} nats against the base, of {worst['allowed']:.2f} allowed "
-        f"there; {worst['violations']} tokens lost more than allowed."
+        f"  The worst token lost {max(worst['lost'], 0):.2f} nats against the base, of "
+        f"{max(worst['allowed'], 0):.2f} allowed there; {worst['violations']} tokens lost more than allowed."
     )
     spoken = ", ".join(f"{domain} {share:.0%}" for domain, share in row["shares"].items())
     return [*lines, f"  Who spoke: {spoken}."]
