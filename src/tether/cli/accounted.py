@@ -54,7 +54,7 @@ def fare_lines(fares: Mapping[str, Any], without: list[str]) -> list[str]:
     if fares:
         width = max(len("domain"), *map(len, fares))
         shared = any(row.share is not None for row in fares.values())
-        lines.append("Loss a token on documents that no delta was learnt from:")
+        lines.append("Loss a token on text that no delta was learnt from:")
         lines.append(
             f"  {'domain':<{width}}  {'base':>7}  {'alone':>7}  {'fused':>7}" + ("  weight" if shared else "")
         )
