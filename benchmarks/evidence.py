@@ -1,5 +1,7 @@
 """Fusion by evidence on texts that no setting was chosen on: twelve domains, eight foreign kinds, two of base text.
 
+They are those of the second list of fresh texts; TETHER_LIST=first takes the first one, on which settings were chosen.
+
 Every fit and every measurement is kept in the folder that TETHER_STATES names, so that a run can be resumed. Loss of
 any group of domains by evidence follows from what each expert gave to each token, which is measured once; that it is
 the loss that the group serves is checked on one group in every run.
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.corpus import states_folder
-from benchmarks.fresh_texts import DOMAINS, FOREIGN, split
+from benchmarks.fresh_texts import DOMAINS, FOREIGN, SECOND_DOMAINS, SECOND_FOREIGN, split
 from benchmarks.heard import Heard, by_evidence, posterior
 from tether.causal.evidence import Rule
 from tether.causal.loading import load
@@ -28,10 +30,13 @@ from tether.delta.measure import Variant, measure
 from tether.delta.windows import Windows, window_text
 from tether.demo import corpora
 
-__all__ = ["GROUPS", "rows"]
+__all__ = ["GROUPS", "NAMES", "STRANGE", "Trial", "rows"]
 
 Row = dict[str, Any]
-NAMES = tuple(DOMAINS)
+LIST = os.environ.get("TETHER_LIST", "second")
+NAMES = tuple(DOMAINS if LIST == "first" else SECOND_DOMAINS)
+STRANGE = tuple(FOREIGN if LIST == "first" else SECOND_FOREIGN)
+"""Kinds of text that are never learnt."""
 GROUPS = {size: [NAMES[at : at + size] for at in range(0, len(NAMES), size)] for size in (3, 6, 12)}
 """Fused together, in the order of the list of domains."""
 BASE = {"news": corpora.news, "wiki": corpora.wikipedia}
@@ -40,7 +45,7 @@ PIECE = 1200
 TESTED = 16
 """Documents of each text that are measured."""
 SUMMED = 8
-"""Documents of each text on which sums are measured."""
+"""Documents of each text on which rivals are measured."""
 SUMS = {
     "sum, one-class gates": ("one-class", True, None),
     "sum, one-class gates, leash .5": ("one-class", True, 0.5),
@@ -60,7 +65,7 @@ class Trial:
     """
 
     def __init__(self, folder: Path, seed: int, *, fast: bool) -> None:
-        self.folder, self.seed, self.fast = folder / f"evidence-{seed}{'-fast' if fast else ''}", seed, fast
+        self.folder, self.seed, self.fast = folder / f"{LIST}-{seed}{'-fast' if fast else ''}", seed, fast
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = load("smollm2-135m")
         self.general, pieces = {}, []
@@ -138,23 +143,21 @@ class Trial:
 
         Args:
             name: of the text.
-            sleeping: whether gates let domains sleep; else all are awake, at full strength alone.
+            sleeping: whether gates let domains sleep; else all are awake.
 
         Returns:
             What each expert gave to each token.
         """
 
         def make() -> dict[str, Tensor]:
-            windows = self.windows(name)
-            if sleeping:
-                model = self.fused(NAMES)
-            else:
-                deltas = {self.delta(each): 1.0 for each in NAMES}
-                model = fuse(self.model, _full_strength(deltas), gated=False)
-            (found,) = account([model], windows)
+            windows = self.windows(name, TESTED if sleeping else SUMMED)
+            (found,) = account([self.fused(NAMES, gated=sleeping)], windows)
             kept = {"documents": found.documents[found.scored], "base_nll": found.base_nll, "nll": found.nll}
             awake = found.log_weights[found.scored] > -torch.inf
-            return kept | {"gain": found.gain.float(), "awake": awake, "softmax_kl": found.softmax_kl}
+            return kept | {
+                "gain": found.gain.float(), "awake": awake, "density": found.density[found.scored],
+                "softmax_kl": found.softmax_kl,
+            }  # fmt: skip
 
         found = self.kept(f"{name}-{'sleeping' if sleeping else 'open'}", make)
         return Heard(**{key: value for key, value in found.items() if key in Heard._fields})
@@ -217,10 +220,6 @@ class Trial:
         return self.kept(f"{name}-sums-{len(group)}-{group[0]}", make)
 
 
-def _full_strength(deltas: dict[Delta, float]) -> dict[Delta, float]:
-    return {Delta(**{**vars(d), "record": d.record | {"strengths": [1.0]}}): w for d, w in deltas.items()}
-
-
 def rows(*, fast: bool) -> Iterator[Row]:
     """Fit, measure, compare.
 
@@ -271,7 +270,7 @@ def _evidence(trial: Trial) -> Iterator[Row]:
                     f"{seed}, {size} domains", f"NLL {name}, base", _mean(nll), _mean(trial.heard(name).base_nll),
                     len(nll),
                 )  # fmt: skip
-            for name in (*NAMES, *FOREIGN, *BASE):
+            for name in (*NAMES, *STRANGE, *BASE):
                 heard = trial.heard(name)
                 nll = by_evidence(heard, columns, Rule())
                 yield _row(
@@ -311,18 +310,20 @@ def _sums(trial: Trial) -> Iterator[Row]:
 
 
 def _open(trial: Trial) -> Iterator[Row]:
-    """Compare what may sleep with what may not, and with the posterior without base and restarts."""
-    for name in (*NAMES, *FOREIGN, *BASE):
-        heard = trial.heard(name, sleeping=False)
-        for size, groups in GROUPS.items():
-            for group in groups:
-                if name in NAMES and name not in group:
-                    continue
-                columns = [NAMES.index(each) for each in group]
-                case = f"seed {trial.seed}, {size} domains from {group[0]}"
+    """Compare with nobody asleep, and with the posterior without base and restarts."""
+    for size, groups in GROUPS.items():
+        for group in groups:
+            columns = [NAMES.index(each) for each in group]
+            for name in group:
+                heard = trial.heard(name, sleeping=False)
+                case = f"seed {trial.seed}, {size} domains, {SUMMED} documents"
+                alone = _mean(trial.alone(name)[: len(heard.base_nll)])
                 arms = {
-                    "evidence, full strength, nobody sleeps": by_evidence(heard, columns, Rule()),
+                    "evidence, nobody sleeps": by_evidence(heard, columns, Rule(), gated=False),
                     "posterior without base and restarts": posterior(heard, columns),
                 }
                 for arm, nll in arms.items():
-                    yield _row(f"{case}, {arm}", name, _mean(nll), _mean(heard.base_nll), 1)
+                    yield _row(f"{case}, {arm}", f"NLL {name}, own delta alone", _mean(nll), alone, len(nll))
+                    yield _row(
+                        f"{case}, {arm}", f"NLL {name}, base", _mean(nll), _mean(heard.base_nll), len(nll)
+                    )

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.corpus import states_folder
-from benchmarks.evidence import NAMES, Trial
-from benchmarks.fresh_texts import FOREIGN, split
+from benchmarks.evidence import NAMES, STRANGE, Trial
+from benchmarks.fresh_texts import split
 from tether.causal.losses import IGNORE
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.account import Account, account
@@ -173,7 +173,7 @@ def _real(trial: Trial, count: int) -> Iterator[Row]:
         order = torch.randperm(len(found), generator=generator)[:count].tolist()
         return torch.tensor([found[at] for at in order])
 
-    own, strange = pieces(NAMES[:6]), pieces(FOREIGN)
+    own, strange = pieces(NAMES[:6]), pieces(STRANGE)
     shuffled = torch.stack([row[torch.randperm(length, generator=generator)] for row in own])
     start = own[:, :8]
     written = fused.generate(

@@ -20,34 +20,42 @@ class Heard(NamedTuple):
         base_nll: loss of the base, nats, shape (m,).
         gain: log likelihood less the base's, 0 where asleep, shape (m, 1 + N S), base first.
         awake: who took part, shape (m, 1 + N S), bool.
+        density: log density that the gate of each domain gives to each context, shape (m, N).
     """
 
     documents: Tensor
     base_nll: Tensor
     gain: Tensor
     awake: Tensor
+    density: Tensor
 
 
-def _columns(heard: Heard, domains: Sequence[int], of: int = 12) -> tuple[Tensor, Tensor, int]:
-    each = (heard.gain.shape[1] - 1) // of
-    experts = [0, *(1 + domain * each + strength for domain in domains for strength in range(each))]
-    return heard.gain[:, experts].double(), heard.awake[:, experts], each
-
-
-def by_evidence(heard: Heard, domains: Sequence[int], rule: Rule, order: Tensor | None = None) -> Tensor:
+def by_evidence(
+    heard: Heard, domains: Sequence[int], rule: Rule, *, gated: bool = True, order: Tensor | None = None
+) -> Tensor:
     """Mix some domains by evidence, each document as a text of its own.
 
     Args:
         heard: of all twelve domains.
         domains: numbers of those that are fused.
-        rule: prior, restarts and floor.
+        rule: how experts are weighted.
+        gated: whether gates tell domains apart.
         order: log prior of the experts, where another is wanted.
 
     Returns:
         Loss of each token, nats, shape (m,).
     """
-    gain, awake, each = _columns(heard, domains)
-    prior = evidence.prior(rule.prior, [each] * len(domains)) if order is None else order
+    each = (heard.gain.shape[1] - 1) // heard.density.shape[1]
+    experts = [0, *(1 + domain * each + strength for domain in domains for strength in range(each))]
+    gain, awake = heard.gain[:, experts].double(), heard.awake[:, experts]
+    chooses = gated and rule.choice and len(domains) > 1
+    prior = evidence.prior(rule.prior, [each] * len(domains), choice=chooses) if order is None else order
+    if chooses:
+        of_domain = torch.tensor(list(domains)).repeat_interleave(each)
+        density = torch.cat([heard.density[:, :1], heard.density[:, of_domain]], dim=1)
+        choice = evidence.choice(density, awake)
+        gain = torch.cat([gain, evidence.choice_gain(gain, choice).unsqueeze(-1)], dim=1)
+        awake = torch.cat([awake, awake[:, 1:].any(-1, keepdim=True)], dim=1)
     found = torch.zeros(len(gain), dtype=torch.float64)
     for document in heard.documents.unique():
         at = (heard.documents == document).nonzero().squeeze(-1)
@@ -77,4 +85,4 @@ def posterior(heard: Heard, domains: Sequence[int]) -> Tensor:
     experts = 1 + len(domains)
     prior = torch.full((experts,), -torch.inf, dtype=torch.float64)
     prior[1:] = -torch.tensor(float(experts - 1)).log()
-    return by_evidence(heard, domains, Rule(restarts=(0.0,)), prior)
+    return by_evidence(heard, domains, Rule(restarts=(0.0,)), gated=False, order=prior)
