@@ -14,11 +14,14 @@ from torch.testing import assert_close
 from tether.causal.evidence import (
     Rule,
     begin,
+    choice,
+    choice_gain,
     gains,
     prior,
     regret_allowed,
     scan,
     serve,
+    spread,
     target,
     update,
 )
@@ -670,6 +673,79 @@ def test_the_prior_is_divided_by_domain_then_by_strength():
     assert start.shape == (3, 4)
     assert_close(start.exp().sum(0), prior(0.9, [2, 1]).exp())
     assert torch.equal(start[0], start[2])
+
+
+def test_the_gates_choice_has_half_of_what_the_base_leaves():
+    assert_close(prior(0.6, [1, 2], choice=True).exp(), tensor([0.6, 0.1, 0.05, 0.05, 0.2]))
+
+
+def random_choice(generator, size, experts):
+    awake = torch.rand(size, experts, generator=generator) < 0.5
+    awake[:, 0] = True
+    density = 40 * torch.randn(size, experts, generator=generator, dtype=DOUBLE)
+    return awake, density
+
+
+def test_the_gates_choice_is_the_posterior_of_those_awake(generator):
+    awake, density = random_choice(generator, 200, 4)
+    found = choice(density, awake)
+    for row in range(200):
+        up = [k for k in range(1, 4) if awake[row, k]]
+        total = sum(mp.exp(mp.mpf(float(density[row, k]))) for k in up)
+        for k in range(4):
+            expected = mp.exp(mp.mpf(float(density[row, k]))) / total if k in up else 0
+            assert float(found[row, k].exp()) == pytest.approx(float(expected), rel=1e-12)
+    assert bool((~awake[:, 1:].any(1)).any())
+    # Very unlikely everywhere is no reason to say nothing.
+    assert_close(choice(density - 1e6, awake), found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_what_the_gates_choice_weighs_is_handed_to_those_it_consists_of(generator, floor):
+    """Mixing K experts and the choice gives the same law as the K experts with the weights handed on."""
+    awake, density = random_choice(generator, 300, 4)
+    shares = choice(density, awake)
+    log_prob = torch.log_softmax(2 * torch.randn(300, 4, 5, generator=generator, dtype=DOUBLE), -1)
+    some = awake[:, 1:].any(-1, keepdim=True)
+    state = torch.randn(300, 2, 5, generator=generator, dtype=DOUBLE)
+    state = state - state.logsumexp((-2, -1), keepdim=True)
+    weights = serve(state, torch.cat([awake, some], -1), floor)
+    chosen = (shares.exp().unsqueeze(-1) * log_prob.exp()).sum(1)
+    law = (weights[:, :4].exp().unsqueeze(-1) * log_prob.exp()).sum(1) + weights[:, 4:].exp() * chosen
+    handed = spread(weights, shares)
+    assert_close((handed.exp().unsqueeze(-1) * log_prob.exp()).sum(1), law)
+    assert_close(handed.exp().sum(-1), torch.ones(300, dtype=DOUBLE))
+    assert bool((handed[~awake] == -INF).all())
+    assert_close(handed[:, 0], weights[:, 0])
+    # What a token says of the choice is what its own law gave to the token.
+    came = gains(log_prob[..., 2], awake)
+    own = choice_gain(came, shares)
+    assert_close(own[some[:, 0]], (chosen[:, 2].log() - log_prob[:, 0, 2])[some[:, 0]])
+    assert bool((own[~some[:, 0]] == 0).all())
+
+
+def test_the_gates_choice_is_regretted_by_no_more_than_its_share(generator):
+    """Whatever the gates say, and a domain that they never choose by no more than its own."""
+    rule, size = Rule(prior=0.5), 60
+    log_prior = prior(rule.prior, [1, 1, 1], choice=True)
+    largest = 0.0
+    for _ in range(40):
+        awake, density = random_choice(generator, size, 4)
+        sharp = torch.rand(1, generator=generator) * 12
+        log_prob = torch.log_softmax(sharp * torch.randn(size, 4, 2, generator=generator, dtype=DOUBLE), -1)[
+            ..., 0
+        ]
+        shares = choice(density, awake)
+        came = gains(log_prob, awake)
+        voters = torch.cat([came, choice_gain(came, shares).unsqueeze(-1)], -1)
+        up = torch.cat([awake, awake[:, 1:].any(-1, keepdim=True)], -1)
+        _, cost = run(voters + log_prob[:, :1], rule, log_prior, up)
+        lost = regrets(cost, voters + log_prob[:, :1], up)
+        for k, share in enumerate(log_prior.exp().tolist()):
+            allowed = regret_allowed(rule, share, int(up[:, k].sum()))
+            assert float(lost[k]) <= regret_allowed(rule, share, size) + 1e-9
+            largest = max(largest, float(lost[k]) / allowed)
+    assert largest > 0.3
 
 
 def test_the_floor_is_what_the_base_has_at_least():

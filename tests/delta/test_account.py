@@ -189,7 +189,8 @@ def test_regret_by_hand(base, deltas, windows):
     regret = account_figures(fused.fusion, found)["regret"]
     assert list(regret) == ["base", "a", "b", "c"]
     served = (found.nll - found.base_nll).double()
-    prior = [0.6, 0.4 / 6, 0.4 / 6, 0.4 / 3, 0.4 / 6, 0.4 / 6]
+    # Half of what the base leaves has the gates' choice.
+    prior = [0.6, 0.2 / 6, 0.2 / 6, 0.2 / 3, 0.2 / 6, 0.2 / 6]
     of_scored, awake = found.windows[found.scored], found.log_weights[found.scored] > -math.inf
     for name, rows in {"base": [0], "a": [1, 2], "b": [3], "c": [4, 5]}.items():
         documents = {}

@@ -27,7 +27,7 @@ from tether.errors import ConfigError
 from tether.store.documents import write_documents
 
 WINDOW = 3
-RULE = Rule(prior=0.6, restarts=(0.01, 0.1))
+RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2)
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 257}
 
 
@@ -90,7 +90,10 @@ def by_hand(model, adapters, ids, *, gated=True, rule=RULE, written=None):
         means = window_mean(states[0])
         for number, each in enumerate(adapters):
             limit = torch.tensor([float(each.gate.threshold[min(t, WINDOW - 1)]) for t in range(len(means))])
-            awake[:, 1 + number] = (means - each.gate.center.double()).square().sum(-1) <= limit
+            near = (means - each.gate.center.double()).square().sum(-1) <= limit
+            awake[:, 1 + number] = torch.stack(
+                [near[max(0, t - rule.hold) : t + 1].any() for t in range(len(near))]
+            )
     prob = torch.stack([each.softmax(-1) for each in scores], 1)
     prior = torch.tensor([rule.prior] + [(1 - rule.prior) / len(adapters)] * len(adapters)).double()
     state = prior.repeat(len(rule.restarts), 1) / len(rule.restarts)

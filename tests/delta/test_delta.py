@@ -37,12 +37,12 @@ def rewritten(path, change):
     return path
 
 
-def test_a_file_without_strengths_and_sample_has_half_and_whole_and_none(delta, tmp_path):
+def test_a_file_without_strengths_and_sample_has_the_whole_and_none(delta, tmp_path):
     def older(described):
         del described["sample"], described["record"]["strengths"]
 
     again = Delta.load(rewritten(delta.save(tmp_path / "a.delta").path, older))
-    assert (again.strengths, again.sample) == ((0.5, 1.0), ())
+    assert (again.strengths, again.sample) == ((1.0,), ())
 
 
 @pytest.mark.parametrize(

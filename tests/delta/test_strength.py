@@ -17,9 +17,10 @@ from tether.delta.cache import cache_states
 from tether.delta.head import Head, Reference
 from tether.delta.held_out import hold_out
 from tether.delta.learning import anchor_text, feature_layers, fit_delta, learn_delta, reference
+from tether.delta.objective import softmax_law
 from tether.delta.outcome import NO_HELP
 from tether.delta.ray import Ray
-from tether.delta.strength import STEP, base_law, change_figures, find_strength, served_change, token_nll
+from tether.delta.strength import STEP, change_figures, find_strength, served_change, token_nll
 from tether.delta.training import Fit
 from tether.delta.windows import window_text
 
@@ -90,8 +91,8 @@ def test_losses_and_drift_are_those_of_dense_laws(case, biased, monkeypatch):
 
     known = targets.clone()
     known[::9] = -1
-    law = list(base_law(loc, weight=weight, bias=bias))
-    change = served_change(law, move, known, weight=weight)
+    law = list(softmax_law(loc, weight, bias))
+    change = served_change(law, loc + move, known, weight=weight, bias=bias)
     assert_close(change.kl.double(), torch.distributions.kl_divergence(before, after), rtol=1e-4, atol=1e-6)
     scored = known >= 0
     assert torch.equal(change.before.isnan(), ~scored)
@@ -101,7 +102,7 @@ def test_losses_and_drift_are_those_of_dense_laws(case, biased, monkeypatch):
     assert figures["tokens"] == 40
     assert figures["nll_after"] == pytest.approx(float(-after.log_prob(targets)[scored].mean()), rel=1e-5)
     assert figures["softmax_kl"] == pytest.approx(float(change.kl.mean()))
-    unknown = served_change(law, move, None, weight=weight)
+    unknown = served_change(law, loc + move, None, weight=weight, bias=bias)
     assert torch.equal(unknown.kl, change.kl)
     assert unknown.figures()["nll_before"] is None
 
@@ -166,7 +167,7 @@ def test_the_figures_are_those_of_the_delta_as_it_is_saved(model, caches, chart)
         for s in SHARES
     ]
     assert SHARES[int(np.argmin(every))] * record["factor_budget"] == pytest.approx(record["factor"])
-    assert (record["strengths"], delta.strengths) == ([0.5, 1.0], (0.5, 1.0))
+    assert (record["strengths"], delta.strengths) == ([1.0], (1.0,))
 
 
 def test_base_text_is_measured_with_the_delta_as_it_is_saved(model, caches):

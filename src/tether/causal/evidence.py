@@ -1,9 +1,10 @@
 """Weights of experts by how well they predicted the text so far: prior, restarts, sleep, floor.
 
-Expert 0 is the base; the others are the base moved by one delta or adapter at one strength. Served is the
-mixture `q_t = sum_k w_k p_k`. Each token that came multiplies every awake expert's weight by the probability
-that the expert gave it, and a small share of the weight restarts. How fast to restart is not known
-beforehand, so several rates J run side by side and are weighted by their own success, as the experts are.
+Expert 0 is the base; the others are the base moved by one delta or adapter at one strength, and, where gates tell
+how much a context looks like each domain, the *gates' choice*: those awake, mixed by the density that their gates
+give to the context. Served is the mixture `q_t = sum_k w_k p_k`. Each token that came multiplies every awake expert's
+weight by the probability that the expert gave it, and a small share of the weight restarts. How fast to restart is
+not known beforehand, so several rates J run side by side and are weighted by their own success, as the experts are.
 
 Everything is a pure function of log weights, shape (..., J, K), float64, whose exponentials add up to 1.
 
@@ -14,8 +15,9 @@ Reference:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +25,20 @@ from torch import Tensor
 
 from tether.errors import ConfigError
 
-__all__ = ["Rule", "begin", "gains", "prior", "regret_allowed", "scan", "serve", "target", "update"]
+__all__ = [
+    "Rule",
+    "begin",
+    "choice",
+    "choice_gain",
+    "gains",
+    "prior",
+    "regret_allowed",
+    "scan",
+    "serve",
+    "spread",
+    "target",
+    "update",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +50,15 @@ class Rule:
         restarts: shares of the weight that restart at every token, each in [0, 1); several of them are weighted
             by their success.
         floor: weight that the base has at least in what is served, in [0, 1).
+        choice: whether the gates' choice is an expert, where gates tell several domains apart.
+        hold: tokens for which a domain stays awake after its gate has closed, >= 0.
     """
 
-    prior: float = 0.9
+    prior: float = 0.5
     restarts: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
     floor: float = 0.0
+    choice: bool = True
+    hold: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -48,26 +67,58 @@ class Rule:
             raise ConfigError(f"restarts={list(self.restarts)}: expected one or more shares in [0, 1)")
         if not 0 <= self.floor < 1:
             raise ConfigError(f"floor={self.floor}: expected a weight in [0, 1)")
+        if self.hold < 0:
+            raise ConfigError(f"hold={self.hold}: expected a number of tokens, 0 or more")
+
+    def described(self) -> dict[str, Any]:
+        """Write the rule into a description.
+
+        Returns:
+            Attributes by name, as JSON has them.
+        """
+        return {**asdict(self), "restarts": list(self.restarts)}
+
+    @staticmethod
+    def of(description: Mapping[str, Any]) -> "Rule":
+        """Read the rule of a description.
+
+        Args:
+            description: `CausalQwenConfig.fusion` of a fusion by evidence, or the like; one that says nothing of
+                choice and hold was written before there were any, and is served without.
+
+        Returns:
+            The rule.
+        """
+        return Rule(
+            prior=float(description["prior"]),
+            restarts=tuple(float(share) for share in description["restarts"]),
+            floor=float(description["floor"]),
+            choice=bool(description.get("choice", False)),
+            hold=int(description.get("hold", 0)),
+        )
 
 
-def prior(base: float, strengths: Sequence[int]) -> Float[Tensor, " experts"]:
+def prior(base: float, strengths: Sequence[int], *, choice: bool = False) -> Float[Tensor, " experts"]:
     """Divide the weight that the base leaves among the domains, and a domain's among its strengths.
 
     Args:
         base: weight of the base, in (0, 1).
         strengths: at how many strengths each of the N domains is an expert, each >= 1.
+        choice: whether the gates' choice is an expert too; it then has half of what the base leaves.
 
     Returns:
-        Log weights of the K = 1 + sum(strengths) experts, base first, then domain by domain, float64.
+        Log weights of the K = 1 + sum(strengths) experts, base first, then domain by domain, and of the gates' choice
+        where there is one, float64.
 
     Example:
         >>> prior(0.5, [2, 1]).exp()
         tensor([0.5000, 0.1250, 0.1250, 0.2500], dtype=torch.float64)
     """
+    left = (1 - base) / 2 if choice else 1 - base
     shares = [base]
     for count in strengths:
-        shares += [(1 - base) / len(strengths) / count] * count
-    return torch.tensor(shares, dtype=torch.float64).log()
+        shares += [left / len(strengths) / count] * count
+    return torch.tensor(shares + [left] * choice, dtype=torch.float64).log()
 
 
 def begin(
@@ -135,6 +186,57 @@ def gains(
     impossible = best == -torch.inf
     found = log_prob - torch.where(impossible, 0.0, reference)
     return torch.where(awake & ~impossible, found, 0.0)
+
+
+def choice(
+    density: Float[Tensor, "*batch experts"], awake: Bool[Tensor, "*batch experts"]
+) -> Float[Tensor, "*batch experts"]:
+    """Share a context among those awake by the density that their gates give to it: the gates' choice.
+
+    Args:
+        density: log density that the gate of each expert's domain gives to the context, shape (..., K); any for the
+            base.
+        awake: who takes part, shape (..., K).
+
+    Returns:
+        Log shares, shape (..., K), float64: -inf where asleep and for the base, and adding up to 1 where anybody else
+        is awake.
+    """
+    others = awake.clone()
+    others[..., 0] = False
+    found = density.double().masked_fill(~others, -torch.inf)
+    return torch.where(others.any(-1, keepdim=True), found.log_softmax(-1), -torch.inf)
+
+
+def choice_gain(
+    gain: Float[Tensor, "*batch experts"], choice: Float[Tensor, "*batch experts"]
+) -> Float[Tensor, "*batch"]:
+    """Say by how much the gates' choice predicted a token better than the base did.
+
+    Args:
+        gain: from `gains`, shape (..., K).
+        choice: log shares from `choice`, shape (..., K).
+
+    Returns:
+        log sum of share exp(gain), shape (...); 0 where everybody but the base sleeps.
+    """
+    found = (gain + choice).logsumexp(-1)
+    return torch.where((choice > -torch.inf).any(-1), found, 0.0)
+
+
+def spread(
+    log_weights: Float[Tensor, "*batch voters"], choice: Float[Tensor, "*batch experts"]
+) -> Float[Tensor, "*batch experts"]:
+    """Hand the weight of the gates' choice to the experts that it consists of, which are what is served.
+
+    Args:
+        log_weights: from `serve`, of the K experts and the gates' choice, shape (..., K + 1).
+        choice: log shares from `choice`, shape (..., K).
+
+    Returns:
+        Log weights of the K experts, shape (..., K).
+    """
+    return torch.logaddexp(log_weights[..., :-1], log_weights[..., -1:] + choice)
 
 
 def target(state: Float[Tensor, "*batch rates experts"]) -> Float[Tensor, "*batch rates experts"]:

@@ -124,7 +124,7 @@ class Experts:
             # With columns on the right the weight is read once, with rows on the left once for each (docs/leash.md);
             # not where the base is alone in a context, since its scores are then its own to the last bit.
             scores = (action.weight @ rows.T).T
-            scores = scores if action.bias is None else scores + action.bias
+            scores = action.capped(scores if action.bias is None else scores + action.bias)
             found = Scores(self, scores[:count], scores[count:])
         else:
             found = Scores(self, action.score_loc(self.loc[:count]), action.score_loc(self.loc[count:]))

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.cauchy.charts import CHARTS, from_chart, fuse
-from tether.causal.gates import GATES, gate_distance, gate_open, gate_softmax, window_mean
-from tether.causal.leash import check_leash, leash_law
-from tether.causal.score_leash import leash_scores, location_path
+from tether.cauchy.charts import CHARTS, from_chart
+from tether.causal.gates import GATES, gate_density, gate_distance, gate_open, gate_softmax, window_mean
+from tether.causal.leash import check_leash
+from tether.causal.summed import Sum
 from tether.errors import ConfigError
 
 __all__ = ["FusedLatent", "Fusion"]
@@ -97,6 +97,11 @@ class Fusion(nn.Module):
             self.gate_precision = nn.Parameter(torch.zeros(count, stages), requires_grad=False)
             self.gate_threshold = nn.Parameter(torch.zeros(count, self.window), requires_grad=False)
 
+    @property
+    def sum(self) -> Sum:
+        """How the deltas are added, as the fusion is served."""
+        return Sum(weights=self.weights, chart=self.chart, leash=self.leash)
+
     def deltas(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate every delta alone, with weight 1 and its gate open.
 
@@ -168,65 +173,9 @@ class Fusion(nn.Module):
         if self.gate != "softmax":
             return opened[rows]
         whitening, precision = self.gate_whitening[rows].float(), self.gate_precision[rows].float()
-        return gate_softmax(distance[rows], opened[rows], count, self.window, whitening, precision)
-
-    def add(self, x: Tensor, y: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the deltas in the fusion's chart with weights times gates.
-
-        Args:
-            x: changes of log scale, shape (N, ..., C).
-            y: changes of loc in units of the base scale, shape (N, ..., C).
-            gates: factors in [0, 1], shape (N, ...).
-
-        Returns:
-            The fused x and y, shape (..., C) each.
-        """
-        weights = torch.tensor(self.weights, dtype=x.dtype, device=x.device)
-        return fuse(x, y, weights.reshape(-1, *[1] * (gates.dim() - 1)) * gates.to(x.dtype), chart=self.chart)
-
-    def leashed(
-        self,
-        loc: Tensor,
-        log_scale: Tensor,
-        x: Tensor,
-        y: Tensor,
-        head: tuple[Tensor, Tensor | None] | None = None,
-        *,
-        keep_scores: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Move a law by fused deltas, no further than the leash allows.
-
-        Args:
-            loc: base loc of U, shape (..., C), float32.
-            log_scale: base log scale of U, shape (..., C), float32.
-            x: fused change of log scale, shape (..., C).
-            y: fused change of loc in units of the base scale, shape (..., C).
-            head: weight and bias of the model's output head; only used for a leash in `softmax`.
-            keep_scores: whether scores that the leash computes are wanted.
-
-        Returns:
-            loc and log scale, shape (..., C) each; the factors, shape (...); the scores or None.
-
-        Raises:
-            ConfigError: a leash in metric `softmax` without the head.
-        """
-        if self.leash is None:
-            return loc + log_scale.exp() * y, log_scale + x, loc.new_ones(loc.shape[:-1]), None
-        nats, metric = self.leash
-        if metric == "latent":
-            law = leash_law(loc, log_scale, x, y, nats, self.chart)
-            return *law, None
-        if head is None:
-            raise ConfigError("a leash in metric 'softmax' without head: expected the model's output head")
-        moved, moved_log_scale = loc + log_scale.exp() * y, log_scale + x
-        with torch.no_grad():
-            factor, scores = leash_scores(head, loc, moved, nats, keep=keep_scores)
-        pulled = (factor < 1).unsqueeze(-1)
-        if bool(pulled.any()):
-            near_x, near_y = location_path(x, y, factor)
-            moved = torch.where(pulled, loc + log_scale.exp() * near_y, moved)
-            moved_log_scale = torch.where(pulled, log_scale + near_x, moved_log_scale)
-        return moved, moved_log_scale, factor, scores
+        return gate_softmax(
+            gate_density(distance[rows], count, self.window, whitening, precision), opened[rows]
+        )
 
     def forward(
         self,
@@ -256,6 +205,7 @@ class Fusion(nn.Module):
             The moved law at the kept positions. Where every gate is closed it is the base's bit for bit.
         """
         gates, state = self.gates(hidden_states, mask, state)
-        x, y = self.add(*self.deltas(hidden_states[:, kept]), gates[:, :, kept])
-        law = self.leashed(loc[:, kept], log_scale[:, kept], x, y, head, keep_scores=keep_scores)
-        return FusedLatent(*law, gates, state)
+        x, y = self.deltas(hidden_states[:, kept])
+        base = loc[:, kept], log_scale[:, kept]
+        law = self.sum.law(*base, x, y, gates[:, :, kept], head, keep_scores=keep_scores)
+        return FusedLatent(law.loc, law.log_scale, law.factor, law.scores, gates, state)

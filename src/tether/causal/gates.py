@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["GATES", "gate_distance", "gate_open", "gate_softmax", "gate_stage", "window_mean"]
+__all__ = ["GATES", "gate_density", "gate_distance", "gate_open", "gate_softmax", "gate_stage", "window_mean"]
 
 GATES = ("one-class", "softmax")
 """Each delta acts where its own gate is open; or open gates share the context by the density of each."""
@@ -120,29 +120,24 @@ def _distance(mean: Tensor, center: Tensor, whitening: Tensor, precision: Tensor
     return total
 
 
-def gate_softmax(
+def gate_density(
     distance: Float[Tensor, "domains *batch"],
-    opened: Float[Tensor, "domains *batch"],
     count: Float[Tensor, "*batch"],
     window: int,
     whitening: Float[Tensor, "domains stages rank hidden"],
     precision: Float[Tensor, "domains stages"],
 ) -> Float[Tensor, "domains *batch"]:
-    """Share a context among the domains whose gates are open, by the density that each gives it.
-
-    The gates' own statistics are Gaussians, so `softmax(-(distance + log det) / 2)` is the posterior of the
-    known domains at equal prior: nothing has to be trained, and a domain can be added or removed.
+    """Log density that each domain gives to a context, up to a constant: the gates' own statistics are Gaussians.
 
     Args:
         distance: squared distances, shape (N, ...).
-        opened: one-class gates, 0 or 1, shape (N, ...).
         count: tokens in each window mean, shape (...).
         window: tokens of a full window.
         whitening: see `gate_distance`.
         precision: see `gate_distance`.
 
     Returns:
-        Shares, shape (N, ...): 0 where closed, and adding up to 1 where any gate is open.
+        `-(distance + log det) / 2`, shape (N, ...).
     """
     length = whitening.square().sum(-1)
     kept = length > 0
@@ -150,10 +145,26 @@ def gate_softmax(
     log_det = -torch.where(kept, length, 1.0).log().sum(-1)
     log_det = log_det - outside * torch.where(precision > 0, precision, 1.0).log()
     stage = gate_stage(count, window, whitening.shape[1])
-    score = -(distance + log_det[:, stage]) / 2
-    score = score.masked_fill(opened == 0, -torch.inf)
-    shared: Tensor = torch.softmax(score, dim=0).nan_to_num()
-    return torch.where(opened.sum(0) > 0, shared, 0.0)
+    return -(distance + log_det[:, stage]) / 2
+
+
+def gate_softmax(
+    density: Float[Tensor, "domains *batch"], opened: Float[Tensor, "domains *batch"]
+) -> Float[Tensor, "domains *batch"]:
+    """Share a context among the domains whose gates are open: their posterior at equal prior.
+
+    Nothing has to be trained, and a domain can be added or removed.
+
+    Args:
+        density: from `gate_density`, shape (N, ...).
+        opened: one-class gates, 0 or 1, shape (N, ...).
+
+    Returns:
+        Shares, shape (N, ...): 0 where closed, and adding up to 1 where any gate is open.
+    """
+    score = density.masked_fill(opened == 0, -torch.inf)
+    # Where every gate is closed there is nothing to share, and the softmax is no number.
+    return torch.where(opened.sum(0) > 0, torch.softmax(score, dim=0), 0.0)
 
 
 def gate_open(

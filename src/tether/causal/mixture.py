@@ -12,47 +12,17 @@ from tether.causal import evidence
 from tether.causal.evidence import Rule
 from tether.causal.experts import Experts, Scores
 from tether.causal.fused import Fusion
-from tether.causal.gates import gate_distance, gate_open
+from tether.causal.gates import gate_density, gate_distance, gate_open
 from tether.causal.memory import Memory
+from tether.causal.sleeping import recent_mean, still_open
 from tether.causal.walk import Reading, Walk
 from tether.errors import ConfigError
 
-__all__ = ["Block", "Mixture", "recent_mean"]
+__all__ = ["Block", "Mixture"]
 
 BLOCK_BYTES = 24_000_000
 """Size of the scores of the base that are held at once: below the 32 MB from which allocators ask the system for
 fresh pages each time, which costs more than the arithmetic."""
-
-
-def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | None = None) -> Tensor:
-    """Average the hidden states of the last tokens of each text, this one included.
-
-    Args:
-        states: z, shape (B, T, H).
-        places: place of each token in its text, from 0, shape (B, T): no mean reaches back beyond its beginning.
-        window: tokens to average, >= 1.
-        before: states of the positions before, shape (B, P, H).
-
-    Returns:
-        The means, shape (B, T, H), float32; up to rounding they do not depend on how a text was cut.
-    """
-    past = 0 if before is None else min(before.shape[1], window - 1)
-    if before is not None and past:
-        states = torch.cat([before[:, -past:], states], dim=1)
-    states = states.float()
-    length = places.shape[1]
-    count = (places + 1).clamp(1, window).unsqueeze(-1)
-    if length == 1:
-        # One token goes on: rows whose text began later have no token that far back.
-        far = torch.arange(past, -1, -1, device=states.device)
-        return (states * (places >= far).unsqueeze(-1)).sum(1, keepdim=True) / count
-    total = torch.zeros_like(states[:, past:])
-    for back in range(min(window, past + length)):
-        # Rows whose text began later have no token that far back.
-        first = max(0, back - past)
-        seen = (places[:, first:] >= back).unsqueeze(-1)
-        total[:, first:] += states[:, past + first - back : past + length - back] * seen
-    return total / count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,6 +35,7 @@ class Block:
         experts: who is awake, and their laws of U.
         scores: their scores of all classes.
         log_weights: weights with which they are served, shape (M, K), -inf where asleep.
+        density: log density that the gate of each domain gives to the context, shape (M, N).
         gain: by how much each expert predicted the next token better than the base, shape (M, K), float64.
         scored: whether the next token counts as evidence, shape (M,).
     """
@@ -74,6 +45,7 @@ class Block:
     experts: Experts
     scores: Scores
     log_weights: Tensor
+    density: Tensor
     gain: Tensor
     scored: Tensor
 
@@ -81,14 +53,17 @@ class Block:
 class Mixture(Fusion):
     """The base and each delta alone, at one or several strengths, weighted by how well they predicted the text so far.
 
-    A delta whose gate is closed sleeps: it takes no row in any product, and its weights stay.
+    A delta sleeps where its gate has been closed for a while: it takes no row in any product, and its weights stay.
+    Where gates tell several domains apart, their choice is one more expert, which says nothing of its own: the laws of
+    those awake, mixed by the density that their gates give to the context. So it costs no product, and what it weighs
+    is handed to those that it consists of.
 
     Args:
         hidden_size: width H of the hidden state.
         latent_size: dimensions C of U.
-        description: `CausalQwenConfig.fusion` with `by` = `evidence`: domains, native, strengths (of each
-            domain), prior, restarts, floor, gated (whether gates let domains sleep), location_only, layers, and for
-            gated ones gate_window, gate_rank, gate_stages.
+        description: `CausalQwenConfig.fusion` with `by` = `evidence`: domains, native, strengths (of each domain), the
+            rule (prior, restarts, floor, choice, hold), gated (whether gates let domains sleep), location_only, layers,
+            and for gated ones gate_window, gate_rank, gate_stages.
 
     Raises:
         ConfigError: strengths that are missing, zero or not finite, or settings out of range.
@@ -110,49 +85,111 @@ class Mixture(Fusion):
             tuple(weight * float(s) for s in each)
             for weight, each in zip(self.weights, strengths, strict=True)
         )
-        self.rule = Rule(
-            prior=float(description["prior"]),
-            restarts=tuple(float(share) for share in description["restarts"]),
-            floor=float(description["floor"]),
-        )
+        self.rule = Rule.of(description)
         # Domain of each expert, the base is of none; and the experts of each domain.
         self.domain = (-1, *(row for row, each in enumerate(self.strengths) for _ in each))
         first = [1 + sum(map(len, self.strengths[:row])) for row in range(len(self.strengths))]
         self.rows = tuple(slice(at, at + len(each)) for at, each in zip(first, self.strengths, strict=True))
         # How many positions before its own a gate looks at.
         self.reach = max(self.window - 1, 1) if self.gated else 1
+        # Of one domain the gates' choice would say what the domain says.
+        self.chooses = self.gated and self.rule.choice and len(self.domains) > 1
 
     @property
     def log_prior(self) -> Tensor:
-        """Log weights of the experts at the start of a text, shape (K,), float64."""
-        return evidence.prior(self.rule.prior, [len(each) for each in self.strengths])
+        """Log weights at the start of a text, shape (K,), or (K + 1,) with that of the gates' choice last, float64."""
+        return evidence.prior(self.rule.prior, [len(each) for each in self.strengths], choice=self.chooses)
 
     @property
     def experts(self) -> int:
         """How many experts there are, the base counted."""
         return len(self.domain)
 
-    def awake(self, states: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None) -> Tensor:
-        """Tell which domains take part.
+    def look(
+        self, states: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Look at contexts through the gates.
 
         Args:
             states: z, shape (B, T, H), alone or followed by what experts read beside it.
             mask: which positions carry a token, shape (B, T), bool.
             places: place of each token in its text, shape (B, T).
-            before: states of the positions before, shape (B, P, H).
+            before: states of the positions before, shape (B, P, H), of which `reach` are of use.
+
+        Returns:
+            Whose gates are open, shape (B, T, N), bool, and the log density that each gives to the context, shape
+            (B, T, N), float32; all are open, at no density, where nobody sleeps.
+        """
+        if not self.gated:
+            opened = mask.unsqueeze(-1).expand(*mask.shape, len(self.domains))
+            return opened, opened.new_zeros(opened.shape, dtype=torch.float32)
+        width = self.hidden_size
+        earlier = None if before is None else before[..., :width].to(states)
+        mean = recent_mean(states[..., :width], places, self.window, earlier)
+        count = (places + 1).clamp(max=self.window).float() * mask
+        whitening, precision = self.gate_whitening.float(), self.gate_precision.float()
+        distance = gate_distance(mean, count, self.window, self.gate_center.float(), whitening, precision)
+        opened = gate_open(distance, count, self.gate_threshold.float()).movedim(0, -1).bool()
+        if not self.chooses:
+            return opened, opened.new_zeros(opened.shape, dtype=torch.float32)
+        return opened, gate_density(distance, count, self.window, whitening, precision).movedim(0, -1)
+
+    def awake(self, opened: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None) -> Tensor:
+        """Tell which domains take part: those whose gate is open, or was a short while ago in the same text.
+
+        Args:
+            opened: from `look`, shape (B, T, N), bool.
+            mask: which positions carry a token, shape (B, T), bool.
+            places: place of each token in its text, shape (B, T).
+            before: the same of the positions before, shape (B, P, N).
 
         Returns:
             Shape (B, T, N), bool.
         """
-        if not self.gated:
-            return mask.unsqueeze(-1).expand(*mask.shape, len(self.domains))
-        width = self.hidden_size
-        earlier = None if before is None else before[..., :width]
-        mean = recent_mean(states[..., :width], places, self.window, earlier)
-        count = (places + 1).clamp(max=self.window).float() * mask
-        statistics = self.gate_center.float(), self.gate_whitening.float(), self.gate_precision.float()
-        distance = gate_distance(mean, count, self.window, *statistics)
-        return gate_open(distance, count, self.gate_threshold.float()).movedim(0, -1).bool()
+        found = still_open(opened, places, self.rule.hold if self.gated else 0, before)
+        return found & mask.unsqueeze(-1)
+
+    def _choice(self, awake: Tensor, density: Tensor) -> Tensor:
+        # Strengths of one domain share what its gate says of it.
+        domain = torch.tensor([0, *self.domain[1:]], device=awake.device)
+        alike = torch.tensor(
+            [1.0, *(len(self.strengths[row]) for row in self.domain[1:])], device=awake.device
+        )
+        return evidence.choice(density[:, domain].double() - alike.double().log(), awake)
+
+    def heard(self, gain: Tensor, awake: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
+        """Complete what a token says of the experts by what it says of the gates' choice.
+
+        Args:
+            gain: by how much each expert predicted the token better than the base, shape (M, K).
+            awake: who predicted it, shape (M, K), bool.
+            density: of the domains in the contexts that it was predicted from, shape (M, N).
+
+        Returns:
+            The same two, shape (M, K + 1) where the gates' choice is an expert.
+        """
+        if not self.chooses:
+            return gain, awake
+        chosen = evidence.choice_gain(gain, self._choice(awake, density))
+        some = awake[:, 1:].any(-1)
+        return torch.cat([gain, chosen.unsqueeze(-1)], -1), torch.cat([awake, some.unsqueeze(-1)], -1)
+
+    def weigh(self, state: Tensor, awake: Tensor, density: Tensor) -> Tensor:
+        """Give the weights with which experts are served.
+
+        Args:
+            state: log weights before the next token, shape (M, J, K), or (M, J, K + 1) with the gates' choice.
+            awake: who takes part, shape (M, K), bool.
+            density: of the domains, shape (M, N).
+
+        Returns:
+            Log weights, shape (M, K), -inf where asleep.
+        """
+        if not self.chooses:
+            return evidence.serve(state, awake, self.rule.floor)
+        some = awake[:, 1:].any(-1, keepdim=True)
+        log_weights = evidence.serve(state, torch.cat([awake, some], -1), self.rule.floor)
+        return evidence.spread(log_weights, self._choice(awake, density))
 
     def moves(self, domain: int, features: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate one domain's experts.
@@ -294,15 +331,15 @@ class Mixture(Fusion):
             scores = experts.score(action)
             gain, scored = walk.listen(scores, first, last)
             if first >= kept:
-                log_weights = evidence.serve(
-                    walk.states[:, part].flatten(0, 1), scores.experts.awake, self.rule.floor
-                )
+                state, density = (each[:, part].flatten(0, 1) for each in (walk.states, walk.density))
+                log_weights = self.weigh(state, scores.experts.awake, density)
                 yield Block(
                     first=first,
                     size=last - first,
                     experts=scores.experts,
                     scores=scores,
                     log_weights=log_weights,
+                    density=density,
                     gain=gain,
                     scored=scored,
                 )

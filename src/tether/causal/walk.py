@@ -56,6 +56,8 @@ class Walk:
 
     Attributes:
         begin_at: first position of this call whose law is needed, for itself or for the token after it.
+        opened: whose gates are open, shape (B, T, N), bool.
+        density: log density that each gate gives to the context, shape (B, T, N).
         domains: which domains take part, shape (B, T, N), bool; none before `begin_at`.
         states: log weights after each token, shape (B, T, J, K), as far as they are known.
     """
@@ -75,13 +77,18 @@ class Walk:
         self.scored = self._scored()
         first = int(self.scored.any(0).int().argmax()) if bool(self.scored.any()) else length
         self.begin_at = min(kept, max(first - 1, 0) if first < length else length)
-        self.domains = self._awake()
-        self.gain = torch.zeros(batch, length, experts, dtype=torch.float64, device=device)
-        self.told = torch.zeros(batch, length, experts, dtype=torch.bool, device=device)
+        before = self.held["features"][:, -mixture.reach :] if self.held else None
+        self.opened, self.density = mixture.look(reading.features, reading.mask, reading.places, before)
+        self.domains = mixture.awake(self.opened, reading.mask, reading.places, self.held.get("opened"))
+        # Nobody asks for the law of the positions before.
+        self.domains[:, : self.begin_at] = False
+        voters = len(self.log_prior)
+        self.gain = torch.zeros(batch, length, voters, dtype=torch.float64, device=device)
+        self.told = torch.zeros(batch, length, voters, dtype=torch.bool, device=device)
         self.told[..., 0] = True
-        self.awake = self.told.clone()
+        self.awake = self.told[..., :experts].clone()
         self.excess = torch.zeros(batch, length, experts, device=device)
-        self.states = torch.zeros(batch, length, restarts, experts, dtype=torch.float64, device=device)
+        self.states = torch.zeros(batch, length, restarts, voters, dtype=torch.float64, device=device)
         self.towards: Tensor | None = None
         self.written = None if reading.written is None else max(reading.written - self.past, 0)
         if self.held:
@@ -109,22 +116,6 @@ class Walk:
             scored[:, : max(0, reading.written - PROMPT - self.past)] = False
         return scored
 
-    def _awake(self) -> Tensor:
-        # Gates of positions whose law nobody asks for are not looked at.
-        mixture, reading, first = self.mixture, self.reading, self.begin_at
-        found = torch.zeros(
-            *reading.mask.shape, len(mixture.domains), dtype=torch.bool, device=reading.mask.device
-        )
-        if first < reading.mask.shape[1]:
-            states = reading.features[..., : mixture.hidden_size]
-            earlier = states[:, :first]
-            if self.held:
-                known = self.held["features"][:, -mixture.reach :, : mixture.hidden_size]
-                earlier = torch.cat([known.to(states), earlier], dim=1)
-            part = (states[:, first:], reading.mask[:, first:], reading.places[:, first:])
-            found[:, first:] = mixture.awake(*part, earlier if earlier.shape[1] else None)
-        return found
-
     # What the first token of this call says of those who predicted it in the call before.
     def _listen_back(self, abduction: Any) -> None:
         mixture, action = self.mixture, self.action
@@ -137,13 +128,9 @@ class Walk:
         domains = torch.stack([held["awake"][:, rows].any(-1) for rows in mixture.rows], dim=-1)
         if not known:
             # Nobody asked for that law then.
-            earlier = self.held["features"][:, -1 - mixture.reach : -1, : mixture.hidden_size]
-            places = self.reading.places[:, :1] - 1
-            states = features[:, None, : mixture.hidden_size]
-            domains = mixture.awake(
-                states, places >= 0, places.clamp(min=0), earlier if earlier.shape[1] else None
-            )
-            domains = domains[:, 0]
+            places = (self.reading.places[:, :1] - 1).clamp(min=0)
+            opened, mask = self.held["opened"], self.held["mask"]
+            domains = mixture.awake(opened[:, -1:], mask[:, -1:], places, opened[:, :-1])[:, 0]
             features = mixture.read_last(features, domains, self.memory)
         experts: Experts = mixture.at(features, *law, domains)
         ids = self._tokens(0, 1)[:, 0]
@@ -155,15 +142,15 @@ class Walk:
         else:
             scores = experts.score(action)
             experts, log_prob = scores.experts, scores.log_prob(ids)
-        self.gain[:, 0] = evidence.gains(log_prob, experts.awake) + self._of_values(experts, 0, 1)
-        self.told[:, 0] = experts.awake
+        gain = evidence.gains(log_prob, experts.awake) + self._of_values(experts, 0, 1)
+        self.gain[:, 0], self.told[:, 0] = mixture.heard(gain, experts.awake, held["density"])
 
     # The score of one class in each context under each expert, rounded as the product with the head rounds it.
     def _one_score(self, experts: Experts, ids: Tensor) -> Tensor:
         action, of = self.action, ids[experts.row]
         rows = (experts.loc.to(action.weight.dtype).float() * action.weight[of].float()).sum(-1)
         rows = rows if action.bias is None else rows + action.bias[of].float()
-        rows = rows.to(action.weight.dtype).double()
+        rows = action.capped(rows.to(action.weight.dtype)).double()
         found: Tensor = torch.where(experts.awake, rows[experts.entry.clamp(min=0)], 0.0)
         return found
 
@@ -198,6 +185,7 @@ class Walk:
         experts, size = scores.experts, last - first
         batch, length = self.reading.mask.shape
         self.awake[:, first:last] = experts.awake.unflatten(0, (batch, size))
+        density = self.density[:, first:last].flatten(0, 1)
         self.excess[:, first:last] = scores.excess().unflatten(0, (batch, size))
         end = min(last + 1, length)
         gain = self.gain.new_zeros(batch, size, self.mixture.experts)
@@ -211,8 +199,9 @@ class Walk:
             if self.reading.values is not None:
                 found = found + self._next_values(experts, first, last, end)
             gain = torch.where(scored.unsqueeze(-1), found, 0.0)
-            self.gain[:, first + 1 : end] = gain[:, : end - first - 1]
-            self.told[:, first + 1 : end] = self.awake[:, first : end - 1]
+            heard, told = self.mixture.heard(gain.flatten(0, 1), experts.awake, density)
+            self.gain[:, first + 1 : end] = heard.unflatten(0, (batch, size))[:, : end - first - 1]
+            self.told[:, first + 1 : end] = told.unflatten(0, (batch, size))[:, : end - first - 1]
         self._scan(end)
         return gain.flatten(0, 1), scored.flatten()
 
@@ -261,6 +250,8 @@ class Walk:
         return {
             "features": self.reading.features.detach(),
             "mask": self.reading.mask,
+            "opened": self.opened,
+            "density": self.density,
             "awake": self.awake,
             "known": known,
             "excess": self.excess,

@@ -158,7 +158,7 @@ def fuse(
     ] = None,
     prior: Annotated[
         float | None,
-        typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.9"),
+        typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.5"),
     ] = None,
     chart: Annotated[
         str | None, typer.Option(help="Of a sum: symmetric (the default), linear, geodesic or rootkl.")

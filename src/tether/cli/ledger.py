@@ -173,7 +173,7 @@ def fuse_domains(
     gates = before.get("gated") if gated is None else gated
     if chosen == "evidence":
         if rule is None and before.get("by") == "evidence":
-            rule = Rule(prior=before["prior"], restarts=tuple(before["restarts"]), floor=before["floor"])
+            rule = Rule.of(before)
         fused = fuse(base, kept | added, by="evidence", rule=rule, gated=gates, allowance=allowance)
         held = None
     else:

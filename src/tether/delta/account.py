@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tether.cauchy.divergence import drift
 from tether.causal.mixture import Block
+from tether.causal.softmax import softmax_kl
 from tether.causal.walk import Reading
 from tether.delta.cache import hidden_states
 from tether.delta.windows import Windows
@@ -31,6 +32,7 @@ class Account(NamedTuple):
         latent_drift: the weighted mean of the experts' Cauchy drifts of U, which bounds that of the mixture, nats,
             shape (n,).
         log_weights: of the experts in each context, shape (n, K), -inf where asleep.
+        density: log density that the gate of each domain gives to each context, shape (n, N).
     """
 
     documents: Tensor
@@ -43,6 +45,7 @@ class Account(NamedTuple):
     parts_kl: Tensor
     latent_drift: Tensor
     log_weights: Tensor
+    density: Tensor
 
 
 @torch.no_grad()
@@ -96,6 +99,7 @@ class _Sink:
         }
         self.gain = torch.zeros(count, experts, dtype=torch.float64)
         self.log_weights = torch.zeros(count, experts, dtype=torch.float64)
+        self.density = torch.zeros(count, len(model.fusion.domains))
 
     def take(self, states: Tensor, batch: Any) -> None:
         """Serve one batch.
@@ -131,17 +135,15 @@ class _Sink:
             log_norm = base[mixed].logsumexp(-1, keepdim=True)
             # Its own normaliser is taken off once more: rounding of one scale against another would count as loss.
             served = (scores.served(block.log_weights)[mixed] - log_norm).log_softmax(-1)
-            prob = log_prob[mixed].exp()
             kept["nll"] = nll.clone()
             kept["nll"][mixed] = -served.gather(-1, target[mixed].unsqueeze(-1)).squeeze(-1)
-            kept["softmax_kl"][mixed] = (
-                (prob * (log_prob[mixed] - served).nan_to_num(0.0)).sum(-1).clamp(min=0)
-            )
+            kept["softmax_kl"][mixed] = softmax_kl(log_prob[mixed], served)
             kept["parts_kl"], kept["latent_drift"] = _parts(block, log_prob)
         for name, values in kept.items():
             self.found[name][at] = values[rows].float().cpu()
         self.gain[at] = torch.where(experts.awake, block.gain, 0.0)[rows].cpu()
         self.log_weights[at] = block.log_weights[rows].cpu()
+        self.density[at] = block.density[rows].cpu()
 
     def account(self) -> Account:
         """Put the results together.
@@ -162,6 +164,7 @@ class _Sink:
             parts_kl=found["parts_kl"],
             latent_drift=found["latent_drift"],
             log_weights=self.log_weights,
+            density=self.density,
         )
 
 
@@ -171,7 +174,7 @@ def _parts(block: Block, log_prob: Tensor) -> tuple[Tensor, Tensor]:
     rows, numbers = experts.row[count:], experts.expert[count:]
     share = block.log_weights[rows, numbers].exp().float()
     own = scores.moved.float() - scores.log_norm[count:].unsqueeze(-1)
-    kl = (log_prob[rows].exp() * (log_prob[rows] - own).nan_to_num(0.0)).sum(-1).clamp(min=0)
+    kl = softmax_kl(log_prob[rows], own)
     x = experts.log_scale[count:] - experts.log_scale[rows]
     y = (experts.loc[count:] - experts.loc[rows]) / experts.log_scale[rows].exp()
     found = torch.zeros(2, count, device=log_prob.device)

@@ -74,9 +74,7 @@ def describe_evidence(adapters: "Sequence[Adapter]", rule: Rule) -> dict[str, An
     return {
         "by": "evidence",
         "strengths": [list(adapter.strengths) for adapter in adapters],
-        "prior": rule.prior,
-        "restarts": list(rule.restarts),
-        "floor": rule.floor,
+        **rule.described(),
     }
 
 
@@ -90,8 +88,7 @@ def serving_options(described: Mapping[str, Any]) -> dict[str, Any]:
         Keyword arguments.
     """
     if described.get("by") == "evidence":
-        rule = Rule(prior=described["prior"], restarts=tuple(described["restarts"]), floor=described["floor"])
-        return {"by": "evidence", "rule": rule, "gated": described["gated"]}
+        return {"by": "evidence", "rule": Rule.of(described), "gated": described["gated"]}
     leash = described.get("leash") or {"nats": None, "metric": "softmax"}
     return {
         "by": "sum", "chart": described["chart"], "gated": described["gated"], "leash": leash["nats"],

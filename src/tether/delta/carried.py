@@ -7,7 +7,7 @@ from tether.errors import CheckpointError
 
 __all__ = ["SAMPLE_BYTES", "SAMPLE_DOCUMENTS", "STRENGTHS", "check_carried"]
 
-STRENGTHS = (0.5, 1.0)
+STRENGTHS = (1.0,)
 """Strengths, relative to the saved heads, at which a delta takes part in a fusion that weights by evidence."""
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 16, 32_768
 """What a delta carries of the documents kept aside, at most."""

@@ -175,9 +175,7 @@ def _by_evidence(described: dict[str, Any], deltas: Mapping[Delta, float], rule:
     return described | {
         "by": "evidence",
         "strengths": [list(delta.strengths) for delta in deltas],
-        "prior": rule.prior,
-        "restarts": list(rule.restarts),
-        "floor": rule.floor,
+        **rule.described(),
     }
 
 
