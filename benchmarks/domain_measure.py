@@ -9,13 +9,14 @@ from torch import Tensor
 from benchmarks.domain_arms import Bench
 from benchmarks.domain_plan import CHARTS
 from benchmarks.trial_texts import TRIAL as DOMAINS
+from tether.causal.softmax import softmax_kl
 from tether.delta.adapter import Attached
 from tether.delta.adapter_drift import logits
 from tether.delta.adapter_serving import serve
 from tether.delta.cache import hidden_states
 from tether.delta.fusion import fuse
 from tether.delta.measure import Measurement, Variant, measure
-from tether.delta.objective import chunk_rows, softmax_shift
+from tether.delta.objective import chunk_rows
 from tether.delta.windows import Windows
 
 __all__ = ["FACTORS", "adapter_runs", "measure_curve", "measure_deltas", "measure_gated", "measure_runs"]
@@ -77,15 +78,12 @@ def measure_runs(bench: Bench, text: str, runs: Mapping[str, Callable[[Tensor], 
         before = hidden_states(bench.model, batch)[batch.mask]
         after = [run(batch.input_ids)[batch.mask] for run in runs.values()]
         for index in torch.arange(len(before)).split(chunk_rows(bench.model.action.weight)):
-            base = logits(bench.model, before[index])
-            log_prob = base.log_softmax(-1)
+            log_prob = logits(bench.model, before[index]).log_softmax(-1)
             base_nll[where[index]] = -log_prob.gather(-1, target[index]).squeeze(-1)
             for row, states in enumerate(after):
-                shift = logits(bench.model, states[index]) - base
-                moved = shift.gather(-1, target[index]).squeeze(-1)
-                distance, normaliser = softmax_shift(log_prob, shift)
-                kl[row, where[index]] = distance
-                nll[row, where[index]] = base_nll[where[index]] - moved + normaliser
+                log_moved = logits(bench.model, states[index]).log_softmax(-1)
+                kl[row, where[index]] = softmax_kl(log_prob, log_moved)
+                nll[row, where[index]] = -log_moved.gather(-1, target[index]).squeeze(-1)
     cells = {arm: _cell(windows.documents, windows.targets >= 0, nll[i], kl[i]) for i, arm in enumerate(runs)}
     return {"base": _cell(windows.documents, windows.targets >= 0, base_nll, torch.zeros(count)), **cells}
 

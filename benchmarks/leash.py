@@ -121,7 +121,7 @@ def _contexts(
     # The direction of steepest drift, by gradient ascent with the size held.
     search = some.clone().requires_grad_()
     for _ in range(10):
-        x, y = fusion.add(*fusion.deltas(search), torch.ones(len(fusion.domains), len(search)))
+        x, y = fusion.sum.add(*fusion.deltas(search), torch.ones(len(fusion.domains), len(search)))
         gradient = torch.autograd.grad(drift(x, y).sum(), search)[0]
         step = gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         found = search.detach() + 0.3 * search.detach().norm(dim=-1, keepdim=True) * step
@@ -142,7 +142,7 @@ def _contexts(
 @torch.no_grad()
 def _unleashed(model: CausalQwenForCausalLM, fusion: Fusion, states: Tensor) -> Tensor:
     loc, log_scale = model.abduction(states.to(model.action.weight.dtype))
-    x, y = fusion.add(*fusion.deltas(states), torch.ones(len(fusion.domains), len(states)))
+    x, y = fusion.sum.add(*fusion.deltas(states), torch.ones(len(fusion.domains), len(states)))
     if fusion.leash is not None and fusion.leash[1] == "latent":
         return drift(x, y).sum(-1)
     found = [
@@ -164,21 +164,22 @@ def _excess(model: CausalQwenForCausalLM, fusion: Fusion, states: Tensor) -> tup
     ratios, factors = [], []
     for part in states.split(4096):
         loc, log_scale = model.abduction(part.to(model.action.weight.dtype))
-        x, y = fusion.add(*fusion.deltas(part), torch.ones(len(fusion.domains), len(part)))
+        gates = torch.ones(len(fusion.domains), len(part))
         head = model.action.weight, model.action.bias
-        law = fusion.leashed(loc, log_scale, x, y, head, keep_scores=True)
+        law = fusion.sum.law(loc, log_scale, *fusion.deltas(part), gates, head, keep_scores=True)
         if metric == "latent":
-            laws = (v.double() for v in (loc, log_scale.double().exp(), law[0], law[1].double().exp()))
+            laws = (
+                v.double() for v in (loc, log_scale.double().exp(), law.loc, law.log_scale.double().exp())
+            )
             got = kl_divergence(*laws).sum(-1)
         else:
-            scores = law[3]
-            if scores is None:
+            if law.scores is None:
                 raise RuntimeError("a leash in softmax that computed no scores")
-            got = _softmax_kl(model.action.score_loc(loc), scores)
+            got = _softmax_kl(model.action.score_loc(loc), law.scores)
         # A base that is no law itself (scores of 1e30 overflow) must come back bit for bit.
-        same = (law[0] == loc).all(-1) & (law[1] == log_scale).all(-1)
+        same = (law.loc == loc).all(-1) & (law.log_scale == log_scale).all(-1)
         ratios.append(torch.where(same, 0, got / nats))
-        factors.append(law[2])
+        factors.append(law.factor)
     return torch.cat(ratios), torch.cat(factors)
 
 
@@ -344,12 +345,13 @@ def _alone(folder: Path, repeats: int) -> list[Row]:
     for leash in leashes:
         nats, metric = leash or (None, "softmax")
         fusion = fuse(model, _deltas(folder), gated=False, leash=nats, leash_metric=metric).fusion
-        x, y = fusion.add(*fusion.deltas(state), torch.ones(len(fusion.domains), 1))
+        x, y = fusion.deltas(state)
 
         def work(fusion: Fusion = fusion, x: Tensor = x, y: Tensor = y) -> None:
-            moved, _, _, scores = fusion.leashed(loc, log_scale, x, y, head, keep_scores=True)
-            if scores is None:
-                model.action.score_loc(moved)
+            gates = torch.ones(len(fusion.domains), 1)
+            law = fusion.sum.law(loc, log_scale, x, y, gates, head, keep_scores=True)
+            if law.scores is None:
+                model.action.score_loc(law.loc)
 
         works["no leash" if leash is None else f"{metric} {nats:g}"] = work
     for run in range(5 * repeats + 1):

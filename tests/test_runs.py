@@ -14,6 +14,7 @@ import pytest
 from disk import nearly_full
 from tether.errors import CheckpointError, ConfigError
 from tether.runs import Run, Usage, read_run
+from tether.runs.record import hash_json
 from tether.store.publish import publish_folder
 
 CONFIG = {"seed": 0, "train": {"lr": 0.1, "texts": ["a", "b"]}}
@@ -63,7 +64,7 @@ def test_record_says_what_was_written_and_what_it_cost(tmp_path):
     assert record["peak_rss_bytes"] > 10_000_000
 
 
-@pytest.mark.parametrize("damage", ["missing", "size", "folder"])
+@pytest.mark.parametrize("damage", ["missing", "size", "byte", "folder"])
 def test_stage_is_done_again_when_an_output_changed(tmp_path, damage):
     with Run(tmp_path / "run", CONFIG) as run:
         work = Work(run)
@@ -72,6 +73,8 @@ def test_stage_is_done_again_when_an_output_changed(tmp_path, damage):
             (run.folder / "model" / "weights").unlink()
         elif damage == "size":
             (run.folder / "law.txt").write_text("xx")
+        elif damage == "byte":
+            (run.folder / "law.txt").write_text("y")
         else:
             (run.folder / "law.txt").unlink()
             (run.folder / "law.txt").mkdir()
@@ -164,13 +167,34 @@ def test_figures_are_the_same_now_and_later(tmp_path):
             run.stage("other", lambda: ([], {"x": object()}))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema_version": 99}'])
+FIELDS = {"schema_version": 1, "config_hash": hash_json(CONFIG), "inputs": {}, "outputs": {}, "figures": {}}
+WRONG = [
+    {"outputs": []},
+    {"outputs": {"law.txt": 3}},
+    {"outputs": {"law.txt": {"size": 1}}},
+    {"figures": [1]},
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema_version": 99}',
+        "[" * 100_000,
+        *[json.dumps(FIELDS | each) for each in WRONG],
+    ],
+)
 def test_record_that_cannot_be_read_is_no_record(tmp_path, content):
     with Run(tmp_path / "run", CONFIG) as run:
         work = Work(run)
         run.stage("learn", work)
         (run.folder / "stages" / "learn.json").write_text(content)
         assert not run.done("learn")
+        assert "learn" not in read_run(run.folder).stages
         run.stage("learn", work)
         assert work.calls == 2
 
@@ -259,6 +283,7 @@ def test_folder_of_something_else_is_refused(tmp_path):
     [
         ("{", "damaged"),
         ("[]", "damaged"),
+        ("[" * 100_000, "damaged"),
         ('{"schema_version": 1}', "damaged"),
         ('{"schema_version": 2, "config": {}, "config_hash": ""}', "schema version 2; expected 1"),
         ('{"schema_version": 1, "config": {}, "config_hash": ""}', "changed by hand"),
@@ -319,7 +344,7 @@ def test_torn_last_line_is_dropped_and_not_continued(tmp_path, torn):
         assert run.metrics() == [{"step": 1}, {"step": 3}]
 
 
-@pytest.mark.parametrize("line", [b"{", b"3", b"\x00\xff"])
+@pytest.mark.parametrize("line", [b"{", b"3", b"\x00\xff", b"[" * 100_000])
 def test_damaged_line_in_the_middle_is_an_error(tmp_path, line):
     with Run(tmp_path / "run", CONFIG) as run:
         (run.folder / "metrics.jsonl").write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')

@@ -2,7 +2,14 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 SIZES = {
     "vocab_size": 258,
@@ -19,11 +26,22 @@ SIZES = {
 
 
 def backbone(kind="llama", seed=0, layers=2):
-    """A random causal LM; `llama` ties its head to the embedding, `qwen2` has its own head and qkv biases."""
+    """A random causal LM; `llama` ties its head to the embedding, `qwen2` has its own head and qkv biases.
+
+    `granite` divides its logits by 0.6, and `gemma2` caps them at 2.
+    """
     sizes = SIZES | {"num_hidden_layers": layers}
     configs = {
         "llama": lambda: LlamaConfig(**sizes, tie_word_embeddings=True),
         "qwen2": lambda: Qwen2Config(**sizes, tie_word_embeddings=False),
+        "granite": lambda: GraniteConfig(**sizes, tie_word_embeddings=True, logits_scaling=0.6),
+        "gemma2": lambda: Gemma2Config(
+            **sizes,
+            tie_word_embeddings=True,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            final_logit_softcapping=2.0,
+        ),
     }
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)

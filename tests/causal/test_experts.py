@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tether.causal.action import Action
 from tether.causal.experts import FEW, TINY, Experts, Scores, fired
-from tether.causal.layers import Action
 
 CLASSES = 40
 
@@ -219,11 +219,14 @@ def action(generator, size=4):
 
 
 @pytest.mark.parametrize("table", [TABLE, TABLE[:2], TABLE[1:2]], ids=["many", "few", "alone"])
-def test_scores_are_those_of_each_alone(generator, table):
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_scores_are_those_of_each_alone(generator, table, cap):
     found, head = experts(table, generator=generator), action(generator)
+    head.logit_cap = cap
     assert (len(found.row) <= FEW) == (table is not TABLE)
     made = found.score(head)
-    expected = head.score_loc(found.loc)
+    expected = found.loc.double() @ head.weight.detach().double().T + head.bias.detach().double()
+    expected = (expected if cap is None else cap * torch.tanh(expected / cap)).float()
     assert_close(made.base, expected[: len(table)], rtol=1e-5, atol=1e-5)
     if len(found.row) > len(table):
         assert_close(made.moved, expected[len(table) :], rtol=1e-5, atol=1e-5)

@@ -1,7 +1,14 @@
 import torch
 from torch.testing import assert_close
 
-from tether.causal.gates import gate_distance, gate_open, gate_softmax, gate_stage, window_mean
+from tether.causal.gates import (
+    gate_density,
+    gate_distance,
+    gate_open,
+    gate_softmax,
+    gate_stage,
+    window_mean,
+)
 
 
 def test_window_mean_against_a_loop_with_padding(generator):
@@ -89,8 +96,8 @@ def test_rows_of_zeros_measure_nothing(generator):
     assert_close(gate_distance(z, count, 4, center, padded, precision), plain)
     opened = torch.ones_like(plain)
     assert_close(
-        gate_softmax(plain, opened, count, 4, padded, precision),
-        gate_softmax(plain, opened, count, 4, whitening, precision),
+        gate_softmax(gate_density(plain, count, 4, padded, precision), opened),
+        gate_softmax(gate_density(plain, count, 4, whitening, precision), opened),
     )
 
 
@@ -106,13 +113,29 @@ def test_the_softmax_gate_is_the_posterior_of_the_open_domains(generator):
     count = torch.full((4,), 4.0, dtype=torch.float64)
     distance = gate_distance(z, count, 4, center, whitening, precision)
     opened = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
-    found = gate_softmax(distance, opened, count, 4, whitening, precision)
+    found = gate_softmax(gate_density(distance, count, 4, whitening, precision), opened)
     density = [
         torch.distributions.MultivariateNormal(center[k, 1], covariance[k, 1]).log_prob(z[0])
         for k in range(2)
     ]
     assert_close(found[:, 0], torch.softmax(torch.stack(density), 0))
     assert_close(found[:, 1:].T, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64))
+
+
+def test_directions_that_do_not_count_are_no_part_of_the_density(generator):
+    """Precision 0: both domains are Gaussians in their kept directions alone."""
+    center, whitening, _, _ = gaussians(generator)
+    z, count = torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.full((5,), 4.0).double()
+    none = torch.zeros(2, 2, dtype=torch.float64)
+    distance = gate_distance(z, count, 4, center, whitening, none)
+    found = gate_softmax(gate_density(distance, count, 4, whitening, none), torch.ones_like(distance))
+    density = []
+    for domain in range(2):
+        basis = torch.nn.functional.normalize(whitening[domain, 1], dim=-1)
+        scale = 1 / whitening[domain, 1].norm(dim=-1)
+        law = torch.distributions.Normal(basis @ center[domain, 1], scale)
+        density.append(law.log_prob(z @ basis.T).sum(-1))
+    assert_close(found, torch.softmax(torch.stack(density), 0))
 
 
 def test_each_count_has_its_own_threshold():

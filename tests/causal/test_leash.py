@@ -338,8 +338,9 @@ def test_a_leash_that_means_nothing_is_refused():
         "leash": {"nats": 0.5, "metric": "softmax"},
     }
     fusion = Fusion(H, H, described)
+    loc, log_scale, x, y = torch.zeros(4, 2, H)
     with pytest.raises(ConfigError, match="output head"):
-        fusion.leashed(*torch.zeros(4, 2, H))
+        fusion.sum.law(loc, log_scale, x[None], y[None], torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

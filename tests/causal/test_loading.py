@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -84,3 +86,83 @@ def test_unknown_fields_in_a_config_are_refused(folder, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_scale": "wide"}))
     with pytest.raises(CheckpointError, match="latent_scale"):
         loading.load(str(tmp_path / "converted"))
+
+
+# GGUF files
+
+
+LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(base, path):
+    """A Llama as one GGUF file: metadata, byte tokens with one merge, weights in float32."""
+    gguf = pytest.importorskip("gguf")
+    config, writer = base.config, gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tiny.tokenizer().get_vocab(), key=tiny.tokenizer().get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokens[:257], "ab"])
+    writer.add_token_types([1] * 256 + [3, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(256)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for number in range(config.num_hidden_layers):
+        names |= {f"model.layers.{number}.{name}": f"blk.{number}.{short}" for name, short in LAYER.items()}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, short in names.items():
+        values = base.get_parameter(f"{name}.weight").detach().numpy()
+        if count := heads.get(name.rsplit(".", 1)[-1]):
+            # llama.cpp pairs the two halves of a rotary dimension next to each other.
+            halves = values.reshape(count, 2, -1, values.shape[1])
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{short}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read_by_its_path_and_known_by_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "cache"))
+    ids = torch.arange(9)[None]
+    for seed in (0, 1):
+        # The second file takes the place of the first: same name, same size.
+        base = tiny.backbone(seed=seed)
+        write_gguf(base, tmp_path / "base.gguf")
+        model, tokenizer = loading.load(str(tmp_path / "base.gguf"))
+        assert tokenizer("abc")["input_ids"] == [257, tiny.tokenizer()("c")["input_ids"][0]]
+        with torch.no_grad():
+            assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(loading, "_convert_gguf", None)
+    loading.load(str(tmp_path / "base.gguf"))
+
+
+def test_a_gguf_file_that_is_missing_or_damaged_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=r"none\.gguf.*expected a GGUF file"):
+        loading.load(str(tmp_path / "none.gguf"))
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(range(200)))
+    with pytest.raises(CheckpointError, match=r"damaged\.gguf: could not load"):
+        loading.load(str(tmp_path / "damaged.gguf"))
+    assert not (tmp_path / "cache").exists()

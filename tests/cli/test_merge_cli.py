@@ -110,6 +110,21 @@ def test_merge_and_merge_again(work, recipe, tether):
     assert "not empty" in err
 
 
+def test_a_damaged_result_is_not_said_to_be_done(work, recipe, tether):
+    path = recipe()
+    assert tether(path, "--out", "broken")[0] == 0
+    file = work / "broken" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, err = tether(path, "--out", "broken")
+    assert (code, out) == (2, "")
+    assert (
+        "holds the result of this merge, but is damaged: tensor model.norm.weight has other bytes"
+        in " ".join(err.split())
+    )
+
+
 def test_the_check_is_in_the_report(work, recipe, tether):
     code, out, err = tether(recipe(check=CHECK), "--out", "checked", "--json")
     assert code == 0, err

@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 
 import pytest
@@ -11,10 +12,10 @@ from tether.cauchy.charts import fuse
 from tether.cauchy.divergence import drift
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter import Adapter, Attached, is_adapter, lora_config
-from tether.delta.adapter_drift import adapter_drift, softmax_kl
+from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_learning import fit_adapter, learn_adapter
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
-from tether.delta.adapter_training import AdapterFit
+from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
 from tether.delta.certificate import certify, verify
@@ -138,7 +139,6 @@ def test_the_drifts_are_those_of_the_served_laws(model, generator):
     tuned = torch.distributions.Categorical(logits=model.action.score_loc(after).detach())
     expected = torch.distributions.kl_divergence(base, tuned)
     assert_close(adapter_drift("softmax", model, before, after).detach(), expected, rtol=1e-4, atol=1e-5)
-    assert_close(softmax_kl(model, before, after).detach(), expected, rtol=1e-4, atol=1e-5)
     laws = [torch.distributions.Cauchy(z.double(), torch.tensor(0.0245).double()) for z in (before, after)]
     latent = torch.distributions.kl_divergence(*laws).sum(-1)
     assert_close(
@@ -155,7 +155,7 @@ def test_the_drifts_are_those_of_the_served_laws(model, generator):
 def test_gradients_of_the_softmax_drift_are_the_closed_form(model, generator):
     before, after = (torch.randn(6, 32, generator=generator) for _ in range(2))
     after.requires_grad_()
-    (found,) = torch.autograd.grad(softmax_kl(model, before, after).sum(), after)
+    (found,) = torch.autograd.grad(adapter_drift("softmax", model, before, after).sum(), after)
     weight = model.action.weight.detach()
     expected = ((after.detach() @ weight.T).softmax(-1) - (before @ weight.T).softmax(-1)) @ weight
     assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -173,6 +173,23 @@ def test_the_model_is_not_touched_and_a_fit_repeats_exactly(model, caches):
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("value", "pace"), [(1e9, -2 * 0.01), (1e-9, 2 * 0.1)])
+def test_the_multiplier_falls_a_tenth_as_fast_as_it_rises(model, caches, value, pace):
+    """Far below its budget, as every fit begins, or far above it: the ascent is at its full pace at every step."""
+    few = caches["digits"].only(torch.arange(12))
+    chosen = options(budget=Budget(value=value), epochs=1, batch=1, gate=False)
+    generator = torch.Generator().manual_seed(0)
+    attached = Attached(model, "a", lora_config(chosen.rank, chosen.alpha), generator)
+    loop = AdapterTraining(model, attached, "a", few, caches["words"], chosen, generator)
+    steps = []
+    loop.run(steps.append)
+    count = len(few.windows.starts) - 1
+    assert len(steps) == count >= 12
+    # No step of the ascent while Adam warms up.
+    rises = count - count // 8
+    assert loop.multiplier == pytest.approx((0.05 / value) ** 0.5 * math.exp(pace * rises))
 
 
 def test_plain_lora_and_replay_are_the_same_loop_without_the_budget(model, caches):

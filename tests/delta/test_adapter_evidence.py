@@ -229,13 +229,35 @@ def test_padding_changes_no_text(served, left):
 
 
 def test_a_conversation_goes_on_with_its_cache(served):
-    first = served.generate(random_ids(2, 30, seed=8), **GREEDY, return_dict_in_generate=True)
+    ids = random_ids(2, 30, seed=8)
+    plain = uncached(served, ids)
+    ten = {"max_new_tokens": 10, "min_new_tokens": 10}
+    half = GREEDY | ten | {"return_dict_in_generate": True}
+    first = served.generate(ids, **half)
+    left = GREEDY["max_new_tokens"] - 10
+    rest = GREEDY | {"max_new_tokens": left, "min_new_tokens": left}
+    ones = torch.ones_like(first.sequences)
+    # Interrupted and gone on with: restarts still go to the weights at the end of the prompt.
+    went_on = served.generate(
+        first.sequences, attention_mask=ones, past_key_values=first.past_key_values, **rest
+    )
+    assert torch.equal(went_on, plain)
+    # Where something is given in between, what was written is given now, and the text goes on from there.
+    first = served.generate(ids, **half)
     more = torch.cat([first.sequences, random_ids(2, 9, seed=9)], 1)
-    again = served.generate(more, **GREEDY, past_key_values=first.past_key_values)
-    # What was written before is given now; its own restarts went another way, so only the evidence is compared.
-    assert again.shape == (2, more.shape[1] + 24)
+    told = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    again = served.generate(
+        more, attention_mask=torch.ones_like(more), past_key_values=first.past_key_values, **told
+    )
+    assert torch.equal(again.sequences[:, : more.shape[1]], more)
     with torch.no_grad():
-        texts = again[:, :-1]
+        texts = again.sequences[:, :-1]
+        cache = served(input_ids=ids, written_from=30).past_key_values
+        served(input_ids=texts[:, 30:39], past_key_values=cache, written_from=30)
+        known = served(input_ids=texts[:, 39:], past_key_values=cache, written_from=more.shape[1]).logits
+    written = GREEDY["max_new_tokens"]
+    assert_close(torch.stack(again.logits, 1), known[:, -written:], rtol=0, atol=1e-4)
+    with torch.no_grad():
         output = served(input_ids=texts, use_cache=False)
         cache = served(input_ids=texts[:, :50]).past_key_values
         cache.crop(-20)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.testing import assert_close
 
 from tether.causal.fused import Fusion
 from tether.causal.gates import gate_distance, gate_open, window_mean
@@ -11,7 +12,7 @@ from tether.delta.background import write_background
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import Gate, describe_gates, fit_gate, put_gate, take_gate
-from tether.delta.stage import SHARES
+from tether.delta.stage import SHARES, fit_stage
 from tether.errors import ConfigError
 
 
@@ -45,6 +46,19 @@ def test_whitened_means_have_unit_variance(caches):
     assert gate.threshold.shape == (8,)
     gram = gate.whitening[-1].double() @ gate.whitening[-1].double().T
     assert bool((gram - torch.diag(gram.diagonal())).abs().max() < 1e-3 * gram.max())
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_no_direction_is_narrower_than_half_precision_can_tell(count, generator):
+    """A text that always says the same: its states differ by rounding alone, and one more rounding is no stranger."""
+    samples = (3 + 2e-3 * torch.randn(count, 32, generator=generator)).half().float()
+    (center, whitening, precision), distance = fit_stage(samples, torch.arange(count) % 4, 8)
+    assert float(precision) == pytest.approx(1000.0)
+    assert_close(whitening.norm(dim=-1), torch.full((8,), 1000.0).sqrt())
+    away = samples.double() - center.double()
+    # Distances are under statistics of the other folds, whose centers differ by a fraction of the rounding.
+    assert_close(distance.double(), 1000 * away.square().sum(-1), rtol=0.5, atol=1e-4)
+    assert float(distance.max()) < 32
 
 
 def some_documents(cache, count):

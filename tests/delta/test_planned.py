@@ -1,8 +1,10 @@
 """What budgets alone allow, against fusions of random deltas over random contexts."""
 
+import mpmath as mp
 import pytest
 import torch
 
+import oracles
 import tiny
 from tether.cauchy.charts import CHARTS
 from tether.cauchy.charts import fuse as fuse_moves
@@ -60,6 +62,16 @@ def test_equal_moves_attain_it_in_rootkl():
     moved = drift(*fuse_moves(x, y, torch.tensor([1.0, 2.0]).double(), "rootkl")).sum()
     alone = float(drift(x[0], y[0]).sum())
     assert planned_drift([alone, alone], [1.0, 2.0], "rootkl") == pytest.approx(float(moved), rel=1e-9)
+
+
+@pytest.mark.parametrize(("weight", "gate", "factor"), [(0.5, 1.0, 1.5), (0.2, 1.0, 1.8), (1.0, 0.02, 2.0)])
+def test_a_small_weight_in_the_linear_chart_attains_it(weight, gate, factor):
+    """A law that becomes far wider and moves far: at a share a of it the drift is 2 - a times as large."""
+    x = mp.mpf(5000)
+    alone, moved = oracles.drift(x, mp.exp(x)), oracles.drift(*([weight * gate * v for v in (x, mp.exp(x))]))
+    allowed = planned_drift([float(alone)], [weight], "linear", shared=gate < 1)
+    assert allowed == pytest.approx(factor * float(alone), rel=1e-9)
+    assert 0.98 * allowed <= float(moved) <= allowed
 
 
 def test_bad_numbers_are_refused():

@@ -26,16 +26,19 @@ def models(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "attention heads 8 instead of 4"),
-        ({"rope_theta": 1e6}, "rope theta 1000000.0 instead of 10000.0"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "num_attention_heads 8 instead of 4"),
+        ({"rope_theta": 1e6}, "rope_parameters.rope_theta 1e+06 instead of 10000"),
         (
             {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-            "rope theta 500000.0",
+            "rope_parameters.rope_theta 500000 instead of 10000",
         ),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope scaling linear"),
-        ({"rms_norm_eps": 1.0}, "norm epsilon 1.0 instead of 1e-06"),
-        ({"model_type": "gemma"}, "family gemma instead of llama-like"),
-        ({"hidden_act": "gelu"}, "activation gelu instead of silu"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope_parameters.rope_type linear instead of default",
+        ),
+        ({"rms_norm_eps": 1.0}, "rms_norm_eps 1 instead of 1e-06"),
+        ({"model_type": "gemma"}, "family gemma instead of llama"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu instead of silu"),
     ],
 )
 def test_configs_under_which_equal_shapes_are_another_function(tmp_path, models, change, said):
@@ -60,7 +63,7 @@ def test_the_same_said_in_other_words_is_the_same(tmp_path, models):
 
 def test_another_small_epsilon_is_noted(tmp_path, models):
     save(tmp_path / "b", tuned(decoder(), 2), FULL | {"rms_norm_eps": 1e-5}, TOKENS)
-    assert plan(tmp_path, **models).notes == ("b: norm epsilon 1e-05; that of base, 1e-06, will be used",)
+    assert plan(tmp_path, **models).notes == ("b: rms_norm_eps 1e-05; that of base, 1e-06, will be used",)
 
 
 def test_of_several_overrides_the_last_one_holds(tmp_path, models):
@@ -97,3 +100,28 @@ def test_all_chat_templates_are_carried_over(tmp_path, models):
     (folder / "tool_use.jinja").write_text("{{ tools }}")
     merge(plan(tmp_path, **models), tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_other_eyes_are_noted_where_they_are_kept_and_refused_where_they_are_merged(tmp_path, models):
+    for name, layer in (("a", -2), ("b", -1), ("c", -1)):
+        config = {"text_config": LLAMA, "vision_config": {"hidden_size": 8}, "vision_feature_layer": layer}
+        save(tmp_path / name, tuned(decoder(), 1), config)
+    assert plan(tmp_path, **models).notes == (
+        "a: outside its language model its config differs in vision_feature_layer; that of base will be used",
+    )
+    with pytest.raises(ConfigError, match="a: its config has vision_feature_layer -2 instead of -1"):
+        plan(tmp_path, **models, towers="merge")
+
+
+def test_models_without_a_config_are_noted(tmp_path, models):
+    (tmp_path / "b" / "config.json").unlink()
+    assert plan(tmp_path, **models).notes == ("configs not compared, no config.json beside the weights: b",)
+
+
+def test_a_long_value_is_told_where_it_differs(tmp_path, models):
+    for name, last in (("a", 2), ("b", 1), ("c", 1)):
+        save(tmp_path / name, tuned(decoder(), 1), LLAMA | {"odd": [*range(100), last]})
+    with pytest.raises(
+        ConfigError, match=r"odd \.\.\.95, .* 99, 2\] instead of \.\.\.95, .* 99, 1\] in base"
+    ):
+        plan(tmp_path, **models)

@@ -134,5 +134,5 @@ def test_matrices_of_another_checkpoint_are_refused_by_a_merge(tmp_path):
     (tmp_path / "g-b" / "observation.json").unlink()
     merged("plain", "a", "b")
     (tmp_path / "g-b" / "observation.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not the description"):
+    with pytest.raises(CheckpointError, match=r"observation\.json is damaged .*expected a JSON mapping"):
         merged("odd", "a", "b")

@@ -123,6 +123,23 @@ def test_ties_keeps_exactly_so_many_where_magnitudes_are_equal(tmp_path):
     assert (found[: 2 * (keep - 1) : 2] == 1.0).all()
 
 
+def test_ties_leaves_out_a_model_of_density_0(tmp_path):
+    base, one, two = wave(0), wave(1), wave(2)
+    settings = {"a": {"density": 0.5}, "b": {"density": 0.0, "weight": 3.0}}
+    both = run(
+        tmp_path / "x",
+        {"base": {"w": base}, "a": {"w": one}, "b": {"w": two}},
+        "ties/mergekit",
+        None,
+        settings,
+    )
+    alone = run(
+        tmp_path / "y", {"base": {"w": base}, "a": {"w": one}}, "ties/mergekit", None, {"a": settings["a"]}
+    )
+    np.testing.assert_array_equal(both["w"], alone["w"])
+    assert (both["w"] != base).sum() == 12
+
+
 @given(
     parts=st.lists(st.lists(st.integers(-6, 6), min_size=1, max_size=7), min_size=1, max_size=4),
     share=st.floats(0, 1),
@@ -195,6 +212,32 @@ def test_slerp_of_parallel_vectors_is_a_straight_line(tmp_path, factor):
     two = np.float32(factor) * one
     found = run(tmp_path, {"a": {"w": one}, "b": {"w": two}}, "slerp", {"t": 0.25})["w"]
     np.testing.assert_allclose(found, 0.75 * one + 0.25 * two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", ["a", "b", "both"])
+def test_slerp_with_a_tensor_that_has_no_direction_is_a_straight_line(tmp_path, zero):
+    tensors = {
+        name: {"w": np.zeros((4, 6), np.float32) if zero in {name, "both"} else wave(1)} for name in "ab"
+    }
+    found = run(tmp_path, tensors, "slerp", {"t": 0.25})["w"]
+    expected = 0.75 * tensors["a"]["w"].astype(np.float64) + 0.25 * tensors["b"]["w"]
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_linear_is_as_near_to_the_mean_as_it_says(tmp_path, count, normalize):
+    draw = np.random.default_rng(count)
+    weights = draw.uniform(0.1, 3, count)
+    tensors = {f"m{n}": {"w": draw.standard_normal((40, 50)).astype(np.float32)} for n in range(count)}
+    settings = {f"m{n}": {"weight": float(weight)} for n, weight in enumerate(weights)}
+    found = run(tmp_path, tensors, "linear", {"normalize": normalize}, settings)["w"]
+    parts = [
+        weight * each["w"].astype(np.float64) for weight, each in zip(weights, tensors.values(), strict=True)
+    ]
+    total = weights.sum() if normalize else 1.0
+    bound = (count + 3) * 2.0**-24 * np.abs(parts).sum(0) / total
+    assert (np.abs(found - np.sum(parts, 0) / total) <= bound).all()
 
 
 @pytest.mark.parametrize(

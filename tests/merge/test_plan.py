@@ -207,12 +207,69 @@ def test_tied_heads_among_untied_ones_stand_for_their_embedding(tmp_path, models
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_a_stored_head_that_tying_overrides_is_left_out(tmp_path, models):
-    for name in "abc":
-        (tmp_path / name / "config.json").write_text(json.dumps(TIED))
+def test_a_stored_head_that_is_a_copy_of_the_embedding_is_left_out(tmp_path, models):
+    for seed, name in enumerate("cab"):
+        tensors = tuned(decoder(), seed)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        save(tmp_path / name, tensors, TIED)
     made = plan(tmp_path, **models)
     assert "lm_head.weight" not in made.places
-    assert made.notes == ("lm_head.weight is left out: base ties its head to its embedding",)
+    assert made.notes == ("lm_head.weight is left out: it is a copy of the embedding that base ties it to",)
+    # A last value that differs makes it a head of its own.
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save(tmp_path / "b", tensors, TIED)
+    refused(tmp_path, models, "b has a head of its own, base ties its head to its embedding")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_stored_head_of_its_own_beside_a_tied_config_is_merged(tmp_path, models, nested):
+    config = {"text_config": TIED} if nested else TIED
+    for name in "abc":
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    made = plan(tmp_path, **models)
+    assert (
+        "base: config.json ties the head to the embedding, but a head of its own is stored" in made.notes[0]
+    )
+    merge(made, tmp_path / "out", threads=1)
+    found = CheckpointReader(tmp_path / "out").tensor("lm_head.weight").numpy()
+    expected = 0.5 * sum(tuned(decoder(), seed)["lm_head.weight"] for seed in (1, 2))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["text_config"] if nested else written)["tie_word_embeddings"] is False
+    assert not plan(tmp_path, **models, into="a").summary()["tied"]
+
+
+def test_a_head_that_was_a_copy_when_the_merge_was_planned(tmp_path, models):
+    for name in "abc":
+        tensors = decoder()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        save(tmp_path / name, tensors, TIED)
+    made = plan(tmp_path, **models)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1)
+    save(tmp_path / "b", tensors, TIED)
+    with pytest.raises(CheckpointError, match="its head was its embedding then"):
+        merge(made, tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["a", "c", "all"])
+def test_rotary_tables_of_old_checkpoints_do_not_stop_a_merge(tmp_path, models, where):
+    whole = tmp_path / "whole"
+    merge(plan(tmp_path, **models), whole, threads=1)
+    for seed, name in enumerate("cab"):
+        if where in {name, "all"}:
+            tables = {
+                f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float64) for n in range(2)
+            }
+            save(tmp_path / name, (tuned(decoder(), seed) if seed else decoder()) | tables)
+    made = plan(tmp_path, **models)
+    names = {"a": ["a"], "c": ["base"], "all": ["base", "a", "b"]}[where]
+    assert list(made.notes) == [
+        f"2 rotary tables of {name} are left out: they are computed from the config" for name in names
+    ]
+    merge(made, tmp_path / "out", threads=1)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_quantised_inputs(tmp_path, models):
@@ -437,10 +494,10 @@ def test_eight_thousand_tensors_are_planned_within_a_second(tmp_path):
 def test_a_survey_is_not_repeated_for_a_resumed_merge(tmp_path, models, monkeypatch):
     made = plan(tmp_path, **models)
     record = tmp_path / "survey.json"
-    first = surveying.survey(made.opened, record, 2)
-    assert first["a"] == CheckpointReader(tmp_path / "a").fingerprint()
+    first = surveying.survey(made.opened, [], record, 2)
+    assert first.fingerprints["a"] == CheckpointReader(tmp_path / "a").fingerprint()
     monkeypatch.setattr(CheckpointReader, "fingerprint", lambda *_: pytest.fail("read again"))
-    assert surveying.survey(made.opened, record, 2) == first
+    assert surveying.survey(made.opened, [], record, 2) == first
 
 
 def test_what_tether_has_learnt_in_a_model_is_not_dropped(tmp_path, models):

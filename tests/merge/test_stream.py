@@ -335,7 +335,8 @@ def test_the_result_is_a_checkpoint_with_everything_beside_it(tmp_path):
     manifest = read_manifest(out)
     roles = [entry.role for entry in manifest.inputs]
     assert roles[:3] == ["base", "a", "b"]
-    assert set(roles[3:]) == {"companion"}
+    assert roles[3:6] == ["config"] * 3
+    assert set(roles[6:]) == {"companion"}
     assert manifest.inputs[1].sha256 == CheckpointReader(tmp_path / "a").fingerprint()
     reader = CheckpointReader(out)
     for name, digest in report["tensors"].items():

@@ -99,3 +99,31 @@ def test_damaged(tmp_path, text, message):
 def test_missing(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no tether\.json; expected a folder that tether wrote"):
         read_manifest(tmp_path)
+
+
+def test_outputs_are_sealed_with_the_rest(tmp_path):
+    manifest = Manifest(kind="merge", recipe={"x": 1.5}, outputs={"merge.json": "0" * 64})
+    write_manifest(tmp_path, manifest)
+    found = read_manifest(tmp_path)
+    assert found.model_copy(update={"seal": ""}) == manifest
+    assert not found.changed
+    content = json.loads((tmp_path / "tether.json").read_text())
+    for change in (
+        {"outputs": {"merge.json": "1" * 64}},
+        {"outputs": {}},
+        {"recipe": {"x": 2.5}},
+        {"versions": {}},
+        {"seal": ""},
+        {"seal": "0"},
+    ):
+        (tmp_path / "tether.json").write_text(json.dumps(content | change))
+        assert read_manifest(tmp_path).changed
+
+
+def test_without_outputs_there_is_no_seal(tmp_path):
+    write_manifest(tmp_path, Manifest(kind="run"))
+    assert json.loads((tmp_path / "tether.json").read_text()).keys() == Manifest.model_fields.keys() - {
+        "outputs",
+        "seal",
+    }
+    assert not read_manifest(tmp_path).changed

@@ -5,11 +5,14 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from disk import nearly_full
 from tether.errors import CheckpointError, ConfigError
@@ -515,3 +518,35 @@ def test_killed_at_random_moments(tmp_path):
     assert names(tmp_path) == ["file", "model"]
     assert (tmp_path / "file").stat().st_size == 400 * 20_000
     assert len(tree(tmp_path / "model")) == 400
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_files_get_the_permissions_of_new_ones_whoever_wrote_them(tmp_path, umask):
+    def write(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent)  # as libraries do: only the owner may read it
+        os.close(descriptor)
+        Path(name).replace(path)
+
+    before = os.umask(umask)
+    try:
+        with publish_folder(tmp_path / "model") as folder:
+            (folder / "deep").mkdir()
+            write(folder / "deep" / "weights")
+            write(folder / "weights")
+        with publish_file(tmp_path / "file") as temporary:
+            write(temporary)
+        (tmp_path / "new").write_bytes(b"")
+    finally:
+        os.umask(before)
+    wanted = (tmp_path / "new").stat().st_mode
+    assert wanted & 0o777 == 0o666 & ~umask
+    for name in ("model/deep/weights", "model/weights", "file"):
+        assert (tmp_path / name).stat().st_mode == wanted
+    assert names(tmp_path) == ["file", "model", "new"]
+
+
+def test_safetensors_that_transformers_wrote_can_be_read_by_others(tmp_path):
+    with publish_folder(tmp_path / "model") as folder:
+        save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    (tmp_path / "new").write_bytes(b"")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode

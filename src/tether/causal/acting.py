@@ -114,7 +114,7 @@ def _speak(model: Any, block: Block, noise: Noise, places: Tensor, truncation: f
     loc, log_scale = experts.loc[entry], experts.log_scale[entry]
     drawn = truncate(noise.at(places), truncation).flatten(0, 1)
     latent = from_noise(drawn, loc, log_scale.exp()).float()
-    logits = model.action.score_loc(latent)
+    logits = model.action.linear_scores(latent)
     if model.config.threshold_form == "class":
         # A threshold that all classes share does not change who wins.
         logits = logits - model.action.threshold

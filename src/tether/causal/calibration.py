@@ -62,7 +62,7 @@ def greedy_share(action: Any, loc: Tensor, scale: float, noise: Tensor | None) -
             total += float(torch.softmax(logits, dim=-1).amax(-1).sum())
         else:
             drawn = from_noise(noise[start : start + ROWS], part, torch.full_like(part, scale))
-            total += float((action.score_loc(drawn).argmax(-1) == logits.argmax(-1)).sum())
+            total += float((action.linear_scores(drawn).argmax(-1) == logits.argmax(-1)).sum())
     return total / len(loc)
 
 
@@ -112,7 +112,8 @@ def frontier(action: Any, loc: Tensor, scale: float, targets: Tensor) -> list[Po
     choices: list[tuple[str, float, str, float]] = []
     for size in (0.0, *(share * middle for share in SIZES), float(own.max())):
         noise = ("fill" if size else "constant", size)
-        choices += [(*noise, "context", level) for level in (-6.0, -2.0, 2.0, 8.0, 100.0)]
+        if action.logit_cap is None:
+            choices += [(*noise, "context", level) for level in (-6.0, -2.0, 2.0, 8.0, 100.0)]
         choices += [(*noise, "constant", level) for level in (20.0, 100.0)]
         # Tails of Cauchy laws are heavy: the likelihood of all V decisions peaks where about one class is
         # expected to fire, V scale_S / pi above the scores.
@@ -120,7 +121,7 @@ def frontier(action: Any, loc: Tensor, scale: float, targets: Tensor) -> list[Po
         choices += [(*noise, "constant", peak * by) for by in (0.1, 1.0)]
     sums = torch.zeros(len(choices), 3, dtype=torch.float64)
     for start in range(0, len(loc), ROWS):
-        logits = action.score_loc(loc[start : start + ROWS]).float()
+        logits = action.linear_scores(loc[start : start + ROWS]).float()
         log_normaliser = logits[:, :1] - torch.log_softmax(logits, dim=-1)[:, :1]
         greedy, chosen = logits.argmax(-1), targets[start : start + ROWS].unsqueeze(-1)
         for row, (form, size, at, level) in enumerate(choices):

@@ -1,5 +1,6 @@
 """Configuration of the causal language model: a backbone's own config plus the causal head's fields."""
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -66,6 +67,10 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         threshold: start of C_k, in units of a logit; the parameter `action.threshold` holds what is served.
         threshold_form: `constant`, `class` or `context`, see `THRESHOLDS`.
         value_transform: `raw` or `signed-log`, see `TRANSFORMS`.
+        logit_scale: what the base multiplies its logits by (Cohere, Granite, ...), finite and not 0; `from_backbone`
+            finds it. Abduction applies it: loc = logit_scale z.
+        logit_cap: what the base caps its logits at, cap tanh(. / cap) (Gemma 2, ...), > 0; None for no cap;
+            `from_backbone` finds it. See `tether.causal.action.Action`.
         abduction_size: width of a small MLP added to the linear abduction (0 at the start); 0 for none.
         num_token_id: id of `<NUM>`, or None for a model without numbers; set by `add_numbers`.
         class_bias: whether the scores have a bias b_k; set by `add_numbers` where `<NUM>` is an added class.
@@ -92,6 +97,8 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     threshold: float = 4600.0
     threshold_form: str = "constant"
     value_transform: str = "signed-log"
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
     abduction_size: int = 0
     num_token_id: int | None = None
     class_bias: bool = False
@@ -125,12 +132,38 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"gate_alpha={self.gate_alpha}, value_loss_weight={self.value_loss_weight}, "
                 f"abduction_size={self.abduction_size}: expected gate_alpha in [0, 1] and the others >= 0"
             )
+        self.check_logits()
         backbone = self.backbone_config
         hidden_size = getattr(backbone, "hidden_size", None)
         if self.latent_size is not None and hidden_size is not None and self.latent_size != hidden_size:
             raise ConfigError(
                 f"latent_size={self.latent_size} with a backbone of hidden size {hidden_size}: the action head "
                 f"starts as the backbone's output head, so both must agree; leave latent_size out"
+            )
+
+    def check_logits(self) -> None:
+        """Refuse what does not go with the base's multiplier or cap; the model asks again, since fields change.
+
+        Raises:
+            ConfigError: a number that means nothing, or a cap with thresholds or a leash that take logits for scores.
+        """
+        cap = self.logit_cap
+        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+            raise ConfigError(f"logit_scale={self.logit_scale}: expected a finite number other than 0")
+        if cap is None:
+            return
+        if not (math.isfinite(cap) and cap > 0):
+            raise ConfigError(f"logit_cap={cap}: expected a positive finite number, or None for no cap")
+        if self.threshold_form == "context":
+            raise ConfigError(
+                f"threshold_form='context' on a base that caps its logits at {cap:g}: the one-vs-rest decision is taken"
+                " before the cap, softmax after it, so its log-sum-exp is no level for it; choose 'constant' or 'class'"
+            )
+        leash = (self.fusion or {}).get("leash")
+        if leash is not None and leash.get("metric") == "softmax":
+            raise ConfigError(
+                f"a leash in metric 'softmax' on a base that caps its logits at {cap:g}: it walks back along a line of "
+                "logits, which capped ones do not follow; choose --leash-metric latent, or a base without a cap"
             )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

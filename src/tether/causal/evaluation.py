@@ -131,7 +131,7 @@ def _score(model: CausalQwenForCausalLM, loc: Tensor, scale: Tensor, targets: Te
         return table.gather(-1, index).squeeze(-1).double()
 
     rest = silent.sum(-1, dtype=torch.float64) - at(silent, chosen)
-    softmax, normalised = score_loc.log_softmax(-1), fires.log_softmax(-1)
+    softmax, normalised = model.action.capped(score_loc).log_softmax(-1), fires.log_softmax(-1)
     best, first = fires.argmax(-1, keepdim=True), score_loc.argmax(-1, keepdim=True)
     return {
         "softmax_nll": -at(softmax, chosen),

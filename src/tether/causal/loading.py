@@ -1,4 +1,4 @@
-"""Names to models: the embedded base, paths, hub ids and tether's own checkpoints."""
+"""Names to models: the embedded base, paths, GGUF files, hub ids and tether's own checkpoints."""
 
 import importlib.util
 import logging
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tether.errors import CheckpointError, ConfigError
+from tether.store.hashing import sha256_file
 from tether.store.publish import publish_folder
 
 if TYPE_CHECKING:
@@ -46,21 +47,23 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Turn an alias into the path of its converted weights; leave paths and hub ids as they are.
+    """Turn an alias or a GGUF file into the path of its converted weights; leave other paths and hub ids as they are.
 
-    The first use of an alias dequantises the packaged file once (about 40 CPU seconds for 135M weights)
-    and publishes plain safetensors in the cache folder.
+    The first use dequantises the file once (about 40 CPU seconds for 135M weights) and publishes plain safetensors in
+    the cache folder. A file of the user's is known by the hash of its bytes, so it is read once for each use.
 
     Args:
-        name: alias, path or hub id.
+        name: alias, path or hub id; a path that ends in `.gguf` is one file with weights and tokenizer.
 
     Returns:
         A path or hub id that `from_pretrained` takes.
 
     Raises:
-        CheckpointError: the alias' package is not installed.
+        CheckpointError: the alias' package is not installed, or the file is missing or not readable as GGUF.
     """
     packaged = ALIASES.get(name)
+    if packaged is None and Path(name).suffix.lower() == ".gguf":
+        return _resolve_file(Path(name), name)
     if packaged is None:
         return name
     spec = importlib.util.find_spec(packaged.package)
@@ -74,17 +77,27 @@ def resolve(name: str) -> str:
     target = cache_folder() / f"{name}-{size}"
     if not (target / "config.json").is_file():
         logger.info("converting %s to %s, once", packaged.file, target)
-        _convert_gguf(source, packaged.file, target)
+        _convert_gguf(source, packaged.file, target, name)
     return str(target)
 
 
-def _convert_gguf(folder: Path, file: str, target: Path) -> None:
+def _resolve_file(path: Path, name: str) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{name}: expected a GGUF file; there is none")
+    target = cache_folder() / f"gguf-{sha256_file(path)}"
+    if not (target / "config.json").is_file():
+        logger.info("converting %s to %s, once", path, target)
+        _convert_gguf(path.parent, path.name, target, name)
+    return str(target)
+
+
+def _convert_gguf(folder: Path, file: str, target: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{file}: reading GGUF needs the package gguf; install 'tether[gguf]'")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    tokenizer = _from_pretrained(AutoTokenizer, str(folder), name, gguf_file=file)
+    model = _from_pretrained(AutoModelForCausalLM, str(folder), name, gguf_file=file, dtype=torch.float32)
     # transformers refuses to save what it holds for quantised, though the weights are plain by now; a
     # fresh module around the same tensors has no such memory.
     del model.config.quantization_config
@@ -128,7 +141,7 @@ def _from_pretrained(loader: Any, path: str, name: str, **options: Any) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{name}: could not load with {loader.__name__}: {reason} - expected an alias "
-            f"({', '.join(ALIASES)}), a checkpoint folder, or a hub id that can be reached"
+            f"({', '.join(ALIASES)}), a checkpoint folder, a .gguf file, or a hub id that can be reached"
         ) from error
 
 
@@ -138,7 +151,7 @@ def load_backbone(
     """Load a plain causal LM and its tokenizer.
 
     Args:
-        name: alias (`smollm2-135m`), path or hub id.
+        name: alias (`smollm2-135m`), path (a checkpoint folder or a `.gguf` file) or hub id.
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where to put the model; None leaves it on the CPU.
 
@@ -166,7 +179,8 @@ def load(
     """Load a CausalQwen checkpoint, or wrap a plain causal LM as one.
 
     Args:
-        name: alias, path or hub id; of a plain causal LM or of a converted or fused checkpoint.
+        name: alias, path (a folder, or a `.gguf` file) or hub id; of a plain causal LM or of a converted or fused
+            checkpoint.
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where to put the model.
         preset: start of the causal head where a plain model is wrapped.

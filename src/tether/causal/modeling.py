@@ -9,13 +9,14 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 
 from tether.cauchy.functional import from_noise
 from tether.causal.acting import act
+from tether.causal.action import Action
 from tether.causal.config import MODES, CausalQwenConfig
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
 from tether.causal.fingerprint import Fingerprinted
 from tether.causal.fused import FusedLatent
 from tether.causal.generation import CausalGeneration, text_mask, text_positions
-from tether.causal.layers import Abduction, Action, NumericEmbedding
+from tether.causal.layers import Abduction, NumericEmbedding
 from tether.causal.memory import attach
 from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise, truncate
@@ -67,6 +68,7 @@ class CausalQwenForCausalLM(
 
     def __init__(self, config: CausalQwenConfig) -> None:
         super().__init__(config)
+        config.check_logits()
         backbone_config = config.backbone_config
         self.backbone = AutoModel.from_config(backbone_config)
         text = config.get_text_config(decoder=True)
@@ -80,6 +82,15 @@ class CausalQwenForCausalLM(
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
         self._tied_weights_keys = {"action.weight": name}
         self.post_init()
+
+    def initialize_weights(self) -> None:
+        """Set what a checkpoint does not hold, the backbone's own part by the backbone's own rules.
+
+        transformers passes over modules without own weights in models that are not its own, and with them buffers that
+        a module sets in its children (Falcon-H1).
+        """
+        self.backbone.initialize_weights()
+        super().initialize_weights()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -96,7 +107,13 @@ class CausalQwenForCausalLM(
     def from_backbone(
         cls, backbone: str | PreTrainedModel, preset: str = "calibrated", **overrides: Any
     ) -> "CausalQwenForCausalLM":
-        """Wrap a causal LM so that softmax mode equals it exactly.
+        """Wrap a causal LM so that softmax mode equals it, or refuse it.
+
+        What the base does to its logits after its head is found and kept: a multiplier goes into abduction
+        (`CausalQwenConfig.logit_scale`), a cap into the action head (`CausalQwenConfig.logit_cap`). Then the logits of
+        base and wrapper are compared, always; they must agree to 1e-5 of the largest logit in float32, to rounding in
+        a shorter type, and so must those of two tokens that both write. Cost: three passes of 8 tokens and two texts of
+        two tokens, beside a hash of the weights.
 
         Args:
             backbone: alias, path or hub id of a causal LM, or the loaded model (its modules are taken over,
@@ -108,7 +125,8 @@ class CausalQwenForCausalLM(
             The wrapped model in evaluation mode.
 
         Raises:
-            ConfigError: unknown preset or override, or a model without input embeddings and an output head.
+            ConfigError: unknown preset or override, or a model that cannot be wrapped exactly: no output head, one
+                with a bias, or logits that differ, with the reason and the difference.
         """  # noqa: DOC502 - raised by what it calls
         return wrap_backbone(cls, backbone, preset, overrides)
 
@@ -357,9 +375,10 @@ class CausalQwenForCausalLM(
         if mode == "deterministic":
             logits: Tensor = self.action.log_prob(loc, scale)
             return logits
-        scores: Tensor = self.action.score_loc(loc if latent is None else latent)
         if latent is None:
-            return scores
+            served: Tensor = self.action.score_loc(loc)
+            return served
+        scores: Tensor = self.action.linear_scores(latent)
         # A threshold that all classes share does not change who wins.
         if self.config.threshold_form == "class":
             scores = scores - self.action.threshold

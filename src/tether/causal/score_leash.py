@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tether.causal.leash import largest_factor
+from tether.causal.softmax import softmax_kl
 
 __all__ = ["leash_scores", "location_path", "pull_scores"]
 
@@ -25,6 +26,7 @@ def leash_scores(
     nats: float,
     *,
     keep: bool,
+    base_scores: Float[Tensor, "*batch vocab"] | None = None,
 ) -> tuple[Float[Tensor, "*batch"], Tensor | None]:
     """Find how far along the line from base to moved loc each context may go, in metric `softmax`.
 
@@ -37,6 +39,7 @@ def leash_scores(
         moved_loc: moved loc of U, shape (..., C).
         nats: the limit, > 0.
         keep: whether the scores that are served are wanted.
+        base_scores: scores of the base where they are at hand, shape (..., V): they save the second row.
 
     Returns:
         Factors in [0, 1], shape (...), and the scores that hold to the limit, shape (..., V), or None.
@@ -47,12 +50,16 @@ def leash_scores(
     factor = torch.ones(len(base), dtype=torch.float32, device=loc.device)
     if not bool(changed.any()):
         return factor.reshape(shape), _scores(head, moved_loc) if keep else None
+    known = None if base_scores is None else base_scores.reshape(len(base), -1)
     kept = []
     for rows in torch.arange(len(base), device=loc.device).split(CHUNK):
         own = rows[changed[rows]]
         first = rows if keep else own
-        scores = _scores(head, torch.cat([moved[first], base[own]]))
-        served, reference = scores[: len(first)], scores[len(first) :]
+        if known is None:
+            scores = _scores(head, torch.cat([moved[first], base[own]]))
+            served, reference = scores[: len(first)], scores[len(first) :]
+        else:
+            served, reference = _scores(head, moved[first]), known[own]
         place = changed[first]
         factor[own], pulled = pull_scores(reference, served[place], nats)
         if keep:
@@ -131,20 +138,17 @@ def pull_scores(
 
 def _beyond(base: Tensor, moved: Tensor, nats: float) -> Bool[Tensor, " contexts"]:
     """Return which contexts may be over the limit, by a KL in float32."""
-    log_prob = torch.log_softmax(base, dim=-1)
-    gap = log_prob - torch.log_softmax(moved, dim=-1)
-    return ~((log_prob.exp() * gap).sum(-1) <= nats * (1 - 1e-3) - 1e-5)
+    found = softmax_kl(torch.log_softmax(base, dim=-1), torch.log_softmax(moved, dim=-1))
+    return ~(found <= nats * (1 - 1e-3) - 1e-5)
 
 
 def _pull_scores(base: Tensor, moved: Tensor, nats: float) -> tuple[Tensor, Tensor]:
     log_prob = torch.log_softmax(base.double(), dim=-1)
-    prob = log_prob.exp()
     shift = moved.double() - base.double()
     usable = shift.isfinite().all(-1) & log_prob.isfinite().all(-1)
 
     def diverges(rows: Tensor, scores: Tensor) -> Tensor:
-        gap = log_prob[rows] - torch.log_softmax(scores.double(), dim=-1)
-        return (prob[rows] * gap).sum(-1)
+        return softmax_kl(log_prob[rows], torch.log_softmax(scores.double(), dim=-1))
 
     factor, served = torch.zeros_like(shift[:, 0]), base.clone()
     rows = usable.nonzero().squeeze(-1)
@@ -173,7 +177,11 @@ def _pull_scores(base: Tensor, moved: Tensor, nats: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, slots=True)
 class _Tilt:
-    """KL(p || p e^{t s} / Z) = log E_p[e^{t s}] of a shift s centred under p."""
+    """KL(p || p e^{t s} / Z) = log E_p[e^{t s}] of a shift s centred under p.
+
+    `softmax_kl` has no part in it: along a line this form gives the derivative from the same exponentials, and needs
+    no normaliser of its own.
+    """
 
     log_prob: Tensor
     centred: Tensor

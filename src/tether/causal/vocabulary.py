@@ -109,11 +109,15 @@ def wake_numbers(model: Any, latent_loc: Tensor, share: float) -> None:
     if action.bias is None or action.bias[number] > ASLEEP / 2:
         return
     # Without the bias, beside which nothing of the score would be left in half precision.
-    own = latent_loc.float() @ action.weight[number].float()
+    own = (latent_loc.float() @ action.weight[number].float()).double()
     scores = action.score_loc(latent_loc).float()
-    own = (own - scores.logsumexp(dim=-1)).double()
+    normaliser = scores.logsumexp(dim=-1).double()
     low, high = -200.0, 200.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(torch.sigmoid(own + middle).mean()) < share else (low, middle)
+        low, high = (
+            (middle, high)
+            if float(torch.sigmoid(action.capped(own + middle) - normaliser).mean()) < share
+            else (low, middle)
+        )
     action.bias[number] = (low + high) / 2

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tether.causal.action import Action
+from tether.causal.after_head import check_same, continued, find_after_head, logits_of, probe_ids, refusing
 from tether.causal.config import PRESETS, CausalQwenConfig
 from tether.causal.fingerprint import note_weights, weights_fingerprint
-from tether.causal.layers import Abduction, Action, NumericEmbedding
+from tether.causal.layers import Abduction, NumericEmbedding
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def make_head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
     """
     text = config.get_text_config(decoder=True)
     latent_size = config.latent_size or text.hidden_size
-    abduction = Abduction(text.hidden_size, latent_size, config.latent_scale, config.abduction_size)
+    abduction = Abduction(
+        text.hidden_size, latent_size, config.latent_scale, config.abduction_size, config.logit_scale
+    )
     action = Action(
         latent_size,
         text.vocab_size,
@@ -39,6 +43,7 @@ def make_head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
         config.threshold_form,
         config.value_transform,
         config.class_bias,
+        config.logit_cap,
     )
     return abduction, action
 
@@ -49,7 +54,7 @@ def wrap_backbone(
     preset: str,
     overrides: dict[str, Any],
 ) -> "CausalQwenForCausalLM":
-    """Wrap a causal LM so that softmax mode equals it exactly; see `CausalQwenForCausalLM.from_backbone`.
+    """Wrap a causal LM so that softmax mode equals it; see `CausalQwenForCausalLM.from_backbone`.
 
     Args:
         cls: the class to make.
@@ -61,7 +66,7 @@ def wrap_backbone(
         The wrapped model in evaluation mode.
 
     Raises:
-        ConfigError: unknown preset or override, or a model without input embeddings and an output head.
+        ConfigError: unknown preset or override, or a model that cannot be wrapped exactly, with the reason.
     """
     from tether.causal.loading import load_backbone
 
@@ -75,24 +80,79 @@ def wrap_backbone(
         raise ConfigError(
             "a CausalQwen model: expected the plain causal LM; this one is wrapped already, use it as it is"
         )
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ConfigError(
-            f"{type(model).__name__}: expected a causal LM with an output head without bias; load it with "
-            "AutoModelForCausalLM"
-        )
+    _check_head(model)
+    model.eval()
+    with refusing(model, "running it on a few token ids"):
+        ids = probe_ids(model)
+        logits = logits_of(model, ids)
+        after = find_after_head(model, ids, logits)
     settings = PRESETS[preset] | overrides
-    tied = head.weight is model.get_input_embeddings().weight
     config = CausalQwenConfig(
         backbone_config=model.config,
         preset=preset,
-        tie_word_embeddings=tied,
+        logit_scale=after.scale,
+        logit_cap=after.cap,
+        tie_word_embeddings=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         base_fingerprint=weights_fingerprint(model),
         **{name: value for name, value in settings.items() if value is not None},
     )
-    # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
+    with refusing(model, "wrapping it"):
+        wrapped = _taken_over(cls, model, config, free_threshold=settings["threshold"] is None)
+        made = logits_of(wrapped, ids)
+    check_same(model, made, logits)
+    with refusing(model, "going on with a text from its cache"):
+        made, written = continued(wrapped, ids), continued(model, ids)
+    check_same(model, made, written)
+    return wrapped
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    with refusing(model, "looking for its output head"):
+        head = model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if weight is None:
+            raise ConfigError(
+                f"{name}: no output head: expected a causal LM; load it with AutoModelForCausalLM"
+            )
+        if getattr(head, "bias", None) is not None:
+            raise ConfigError(
+                f"{name}: its output head has a bias, and the wrapper takes heads without one; choose another base"
+            )
+        if model.base_model is model:
+            raise ConfigError(
+                f"{name}: its class names no backbone (base_model_prefix {model.base_model_prefix!r}), so what lies "
+                "below its head cannot be taken over; choose another base"
+            )
+        found = tuple(weight.shape)
+        text = model.config.get_text_config(decoder=True)
+        expected = (text.vocab_size, text.hidden_size)
+    if found != expected:
+        raise ConfigError(
+            f"{name}: an output head of shape {found}, expected {expected}, classes times hidden size: the head reads "
+            "something else than the backbone's last hidden state; choose another base"
+        )
+
+
+# On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
+def _taken_over(
+    cls: type["CausalQwenForCausalLM"],
+    model: PreTrainedModel,
+    config: CausalQwenConfig,
+    *,
+    free_threshold: bool,
+) -> "CausalQwenForCausalLM":
     with torch.device("meta"):
         wrapped = cls(config)
+    given, loaded = model.base_model.state_dict(), wrapped.backbone.state_dict()
+    if set(given) != set(loaded) or type(model.base_model) is not type(wrapped.backbone):
+        odd = sorted(set(given) ^ set(loaded))[:3]
+        raise ConfigError(
+            f"{type(model).__name__}: its backbone {type(model.base_model).__name__} is not what AutoModel makes of "
+            f"its config, {type(wrapped.backbone).__name__} (weights that differ: {odd or 'none'}): a checkpoint of it "
+            "could not be loaded again; choose another base"
+        )
+    head = model.get_output_embeddings()
     wrapped.backbone = model.base_model
     dtype, device = head.weight.dtype, head.weight.device
     wrapped.abduction, action = make_head(config)
@@ -107,7 +167,7 @@ def wrap_backbone(
     if config.noise_form == "fill":
         ones = torch.ones(action.weight.shape[1], device=device)
         action.fill_noise(ones * config.latent_scale, config.class_noise)
-    if settings["threshold"] is None:
+    if free_threshold:
         own = action.weight.detach()[0].float().abs().sum() * config.latent_scale
         size = float(own + action.noise_scale.detach()[0])
         # A tenth of the likelihood's peak: beyond it float32 no longer tells close scores apart.

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
+from tether.causal.softmax import softmax_kl
 from tether.delta.head import Head, Reference, token_drift
 from tether.delta.objective import chunk_rows
 from tether.delta.source import reference
 
-__all__ = ["Given", "adapter_drift", "displacement", "softmax_kl"]
+__all__ = ["Given", "adapter_drift", "displacement", "logits"]
 
 
 class Given(Head):
@@ -64,35 +64,19 @@ def adapter_drift(
         fisher: output Fisher, shape (C, C), for `fisher`.
 
     Returns:
-        Nats, shape (n,); differentiable in `states` for the metrics other than `softmax`, whose form for fits is
-        `softmax_kl`.
+        Nats, shape (n,), differentiable in `states`. In metric `softmax` they are of the scores as they are served,
+        rounding of half precision included.
     """
+    if metric == "softmax":
+        rows = chunk_rows(model.action.weight)
+        found = []
+        for before, after in zip(base_states.split(rows), states.split(rows), strict=True):
+            with torch.no_grad():
+                base = logits(model, before).log_softmax(-1)
+            found.append(softmax_kl(base, logits(model, after).log_softmax(-1)))
+        return torch.cat(found)
     at = reference(model, base_states.float())
-    action = model.action
-    bias = None if action.bias is None else action.bias.detach()
-    move = displacement(model, at, states)
-    return token_drift(metric, move, at, weight=action.weight.detach(), fisher=fisher, bias=bias)
-
-
-def softmax_kl(model: Any, base_states: Tensor, states: Tensor) -> Tensor:
-    """KL(base || adapted) of the served softmax, in a form that gradients pass through.
-
-    Args:
-        model: the base.
-        base_states: z, shape (n, H).
-        states: z' with the adapter, shape (n, H).
-
-    Returns:
-        Nats, shape (n,). Rounding leaves about 1e-6 where nothing moved; `adapter_drift` is sharper.
-    """
-    rows = chunk_rows(model.action.weight)
-    found = []
-    for before, after in zip(base_states.split(rows), states.split(rows), strict=True):
-        with torch.no_grad():
-            base = logits(model, before).log_softmax(-1)
-        tuned = logits(model, after).log_softmax(-1)
-        found.append(kl_div(tuned, base, reduction="none", log_target=True).sum(-1))
-    return torch.cat(found)
+    return token_drift(metric, displacement(model, at, states), at, fisher=fisher)
 
 
 def logits(model: Any, states: Tensor) -> Tensor:

@@ -16,17 +16,19 @@ from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.anchor import check_base, output_head
 from tether.delta.background import write_background
-from tether.delta.budget import Budget, meet_budget
+from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
+from tether.delta.objective import softmax_law
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
 from tether.delta.ray import MEASURED
 from tether.delta.source import reference, spread
-from tether.delta.strength import Change, base_law, change_figures, served_change
+from tether.delta.strength import Change, change_figures, served_change
 from tether.delta.training import Step
 from tether.delta.windows import Windows, reader
+from tether.scale import meet_budget
 from tether.store.manifest import versions
 
 __all__ = ["fit_adapter", "learn_adapter", "meet_adapter"]
@@ -162,11 +164,11 @@ def _change(
     for some in rows.split(8):
         batch = windows.batch(some)
         moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
-        base = reference(model, hidden_states(model, batch)[batch.mask]).loc
-        move = reference(model, moved[batch.mask]).loc - base
+        states = hidden_states(model, batch)[batch.mask], moved[batch.mask]
+        before, after = (reference(model, some).loc for some in states)
         at = windows.positions(batch)
-        law = base_law(base, weight=weight, bias=bias)
-        found.append(served_change(law, move, windows.targets[at], weight=weight))
+        law = softmax_law(before, weight, bias)
+        found.append(served_change(law, after, windows.targets[at], weight=weight, bias=bias))
         documents.append(windows.documents[at])
     return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
 

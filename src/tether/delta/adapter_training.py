@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.delta.adapter import Attached, frozen_twin
-from tether.delta.adapter_drift import adapter_drift, softmax_kl
+from tether.delta.adapter_drift import adapter_drift
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, text_inputs
 from tether.delta.held_out import HELD_OUT, check_share
@@ -19,6 +19,7 @@ from tether.delta.source import reference
 from tether.delta.training import Step
 from tether.delta.windows import Batch
 from tether.errors import ConfigError
+from tether.scale import DualAscent
 
 __all__ = ["AdapterFit", "AdapterTraining"]
 
@@ -89,6 +90,11 @@ class AdapterFit:
         """Whether base text takes part in the fit."""
         return self.budget is not None or bool(self.replay)
 
+    @property
+    def ascends(self) -> bool:
+        """Whether the multiplier follows the drift."""
+        return self.budget is not None and self.replay is None
+
 
 class AdapterTraining:
     """The loop: Adam on A and B, dual ascent on the multiplier.
@@ -103,7 +109,7 @@ class AdapterTraining:
         generator: of the shuffles.
 
     Attributes:
-        multiplier: of the drift on base text, now.
+        dual: the multiplier of the drift on base text.
         drift: running mean of what the budget limits, at the base batches so far, or None.
         curve: figures at about thirty of the steps.
     """
@@ -126,7 +132,8 @@ class AdapterTraining:
         self.metric = "softmax" if fit.budget is None else fit.budget.metric
         value = 0.05 if fit.budget is None or fit.budget.value is None else fit.budget.value
         # What a nat of drift buys falls with the root of the drift.
-        self.start = self.multiplier = math.sqrt(0.05 / value) if fit.replay is None else fit.replay
+        start = math.sqrt(0.05 / value) if fit.replay is None else fit.replay
+        self.dual = DualAscent(start, budget=value, rise=RISE, fall=FALL)
         self.fisher = None
         if self.metric == "fisher":
             some = reference(model, base.states[:1024].float()).loc
@@ -134,6 +141,11 @@ class AdapterTraining:
             self.fisher = output_fisher(model.action.weight.detach(), some, bias)
         self.drift: float | None = None
         self.curve: list[dict[str, float]] = []
+
+    @property
+    def multiplier(self) -> float:
+        """Of the drift on base text, now."""
+        return self.dual.multiplier
 
     def batches(self) -> Iterator[Batch]:
         """Shuffle the domain's windows once an epoch.
@@ -169,8 +181,8 @@ class AdapterTraining:
             if fit.holds:
                 pressed = self.base_drift()
                 (self.multiplier * pressed).backward()
-                if step > warm:
-                    self._ascend()
+                if step > warm and fit.ascends and self.drift is not None:
+                    self.dual.step(self.drift)
             optimizer.step()
             schedule.step()
             entry = {"step": step, "steps": steps, "nll": nll.item(), "multiplier": self.multiplier}
@@ -211,21 +223,8 @@ class AdapterTraining:
         after = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()[
             batch.mask
         ]
-        if self.metric == "softmax":
-            drifts = softmax_kl(self.model, before, after)
-        else:
-            drifts = adapter_drift(self.metric, self.model, before, after, self.fisher)
+        drifts = adapter_drift(self.metric, self.model, before, after, self.fisher)
         budget = self.fit.budget
         seen = float((drifts.mean() if budget is None else budget.statistic(drifts)).detach())
         self.drift = seen if self.drift is None else SMOOTH * self.drift + (1 - SMOOTH) * seen
         return drifts.mean() if budget is None else budget.pressed(drifts)
-
-    # In logarithms the ascent answers alike to drifts far above and far below the budget.
-    def _ascend(self) -> None:
-        budget = self.fit.budget
-        if budget is None or budget.value is None or self.fit.replay is not None or self.drift is None:
-            return
-        excess = math.log(max(self.drift, 1e-12) / budget.value)
-        rate = RISE if excess > 0 else FALL
-        self.multiplier *= math.exp(rate * max(-2.0, min(2.0, excess)))
-        self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)

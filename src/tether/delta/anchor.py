@@ -126,5 +126,5 @@ def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
     Returns:
         Weight, shape (V, C), and the classes' bias, shape (V,), or None.
     """
-    bias = model.action.bias
-    return model.action.weight.detach(), None if bias is None else bias.detach()
+    weight, bias = model.action.linear_head("a computation with the output head")
+    return weight.detach(), None if bias is None else bias.detach()

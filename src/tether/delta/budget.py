@@ -1,19 +1,14 @@
-"""Drift metrics, and bringing a delta to its budget on base text that it was not trained on."""
+"""A drift constraint on base text: what it limits, and what a fit is penalised for."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from tether.delta.head import METRICS
 from tether.errors import ConfigError
 
-__all__ = ["Budget", "Met", "cvar", "meet_budget"]
-
-AIM = 0.98
-"""Share of the budget that the last scaling aims at; anything in [0.95, 1] is accepted."""
+__all__ = ["Budget", "cvar"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,76 +104,3 @@ def cvar(values: Tensor, quantile: float) -> Tensor:
         tensor(9.5000)
     """
     return values.topk(max(1, round((1 - quantile) * len(values)))).values.mean()
-
-
-class Met(NamedTuple):
-    """Outcome of `meet_budget`.
-
-    Attributes:
-        scale: factor on the delta.
-        drift: mean drift at that scale, nats.
-        evaluations: how often the drift was measured.
-    """
-
-    scale: float
-    drift: float
-    evaluations: int
-
-
-def meet_budget(
-    mean_drift: Callable[[float], float],
-    value: float,
-    *,
-    start: float = 1.0,
-    power: float = 2.0,
-    ceiling: float = 1.25,
-    tries: int = 8,
-) -> Met:
-    """Find the factor on a delta at which its mean drift is within 5 % below the budget.
-
-    Drift grows like a power of the factor, the square near the base; each step corrects by that power, fitted to
-    the last two measurements once there are two, and a bracket keeps it safe where that misleads. Fails closed:
-    if nothing in the band is found, the largest factor seen to be under the budget is taken, in the end 0.
-
-    Args:
-        mean_drift: measures the mean drift at a factor, nats.
-        value: the budget, nats, > 0.
-        start: factor to measure first, in (0, ceiling].
-        power: first guess of that power.
-        ceiling: largest factor, >= 1. A fit that ends far below its budget has found that more of this delta
-            does not help its domain; stretching it to the budget would spend drift for nothing.
-        tries: measurements at most.
-
-    Returns:
-        The factor and the drift measured there, <= value.
-    """
-    low, low_drift, high = 0.0, 0.0, math.inf
-    factor = min(start, ceiling)
-    before: tuple[float, float] | None = None
-    for attempt in range(1, tries + 1):
-        found = mean_drift(factor)
-        if not found <= value:  # what is not a number is over any budget
-            high = min(high, factor)
-        elif factor >= low:
-            low, low_drift = factor, found
-        if 0.95 * value <= found <= value or low == ceiling:
-            return Met(factor, found, attempt)
-        usable = math.isfinite(found) and factor > 0
-        if (
-            usable
-            and before is not None
-            and min(found, before[1]) > 0
-            and found != before[1]
-            and factor != before[0]
-        ):
-            power = math.log(found / before[1]) / math.log(factor / before[0])
-        if usable:
-            before = (factor, found)
-        guess = ceiling
-        if found > 0:
-            guess = min(factor * (AIM * value / found) ** (1 / min(max(power, 0.5), 4.0)), ceiling)
-        middle = (low + min(high, ceiling)) / 2
-        if 0 < low < 0.01 * min(high, ceiling):  # ends that are orders of magnitude apart
-            middle = math.sqrt(low * min(high, ceiling))
-        factor = guess if low < guess < high else middle
-    return Met(low, low_drift, tries)

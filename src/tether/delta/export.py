@@ -112,12 +112,12 @@ def export_plain(
 
 @torch.no_grad()
 def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
-    """Find M and a with loc_U = M z + a in every context.
+    """Find M and a with which the base's head and what follows it give the model's logits: W (M z + a).
 
-    With abduction loc = A z + a and constant base scale s, a fusion whose fused y is B z has
-    M = A + diag(s) B. That is so where every delta outputs y linearly and the chart adds y: deltas of the
-    chart `linear`, or of `symmetric` that leave the scale alone. Softmax mode does not read the scale of U, so
-    the change of scale of a `linear` delta is left behind.
+    With abduction loc = m (A z + a), m the base's own multiplier of logits, which the plain checkpoint has too, and
+    constant base scale s, a fusion whose fused y is B z has M = A + diag(s) B / m. That is so where every delta
+    outputs y linearly and the chart adds y: deltas of the chart `linear`, or of `symmetric` that leave the scale
+    alone. Softmax mode does not read the scale of U, so the change of scale of a `linear` delta is left behind.
 
     Args:
         model: converted, trained or fused.
@@ -158,7 +158,8 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
     if fusion is not None:
         scale = abduction.log_scale.bias.detach().float().exp().double().cpu()
         for k in active:
-            matrix += fusion.weights[k] * scale.unsqueeze(-1) * fusion.second[k].double().cpu()
+            moved = scale.unsqueeze(-1) * fusion.second[k].double().cpu()
+            matrix += fusion.weights[k] * moved / abduction.logit_scale
     return matrix, offset
 
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tether.cauchy.charts import CHARTS, from_chart
 from tether.cauchy.divergence import drift
-from tether.delta.objective import chunk_rows, softmax_shift
+from tether.causal.softmax import softmax_kl
+from tether.delta.objective import softmax_law
 from tether.errors import ConfigError
 
 __all__ = ["METRICS", "Head", "Reference", "ray_share", "token_drift"]
@@ -138,15 +138,8 @@ def token_drift(
     if metric == "fisher" and fisher is not None:
         return 0.5 * ((move @ fisher) * move).sum(-1)
     if metric == "softmax" and weight is not None:
-        rows = chunk_rows(weight)
-        parts = zip(at.loc.to(weight.dtype).split(rows), move.to(weight.dtype).split(rows), strict=True)
-        start = None if bias is None else bias.to(weight.dtype)
-        return torch.cat(
-            [
-                softmax_shift(linear(loc, weight, start).float().log_softmax(-1), (d @ weight.T).float())[0]
-                for loc, d in parts
-            ]
-        )
+        laws = (softmax_law(loc, weight, bias) for loc in (at.loc, at.loc + move))
+        return torch.cat([softmax_kl(*pair) for pair in zip(*laws, strict=True)])
     raise ConfigError(f"metric={metric!r}: expected one of {', '.join(METRICS)} with what it needs")
 
 

@@ -13,6 +13,7 @@ from tether.cauchy.divergence import drift
 from tether.causal.fused import Fusion
 from tether.causal.leash import METRICS
 from tether.causal.mixture import Mixture
+from tether.causal.summed import bound_chart
 from tether.delta.account import account
 from tether.delta.cache import hidden_states
 from tether.delta.measure import Variant, measure
@@ -212,7 +213,7 @@ def _contexts(
     fusion: Fusion, x: Tensor, y: Tensor, weights: Tensor, remaining: Tensor, next_drift: float | None
 ) -> dict[str, Tensor]:
     chart = fusion.chart
-    of_bound = "symmetric" if fusion.location_only and chart == "linear" else chart
+    of_bound = bound_chart(chart, fusion.location_only)
     first, second = to_chart(x, y, chart)
     scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
 
@@ -238,8 +239,7 @@ def _contexts(
         found["next"] = fused_drift_bound(both, torch.ones(2, dtype=both.dtype), of_bound).sum()
     bounds, drifts = [], []
     for other in CHARTS:
-        bound = "symmetric" if fusion.location_only and other == "linear" else other
-        bounds.append(fused_drift_bound(alone, weights, bound).sum())
+        bounds.append(fused_drift_bound(alone, weights, bound_chart(other, fusion.location_only)).sum())
         parts = to_chart(x, y, other)
         fused = [(part.double() * weights.double().unsqueeze(-1)).sum(0) for part in parts]
         drifts.append(drift(*from_chart(fused[0], fused[1], other)).sum())

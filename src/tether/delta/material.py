@@ -93,8 +93,9 @@ def gather(
     return Material(name or called, (domain, fitted, held_out), hashes, own)
 
 
-# What is learnt stands on a base.
+# What is learnt stands on a base, whose logits are a linear map of U.
 def _check_plain(model: Any) -> None:
+    model.action.linear_head("learning a domain")
     if model.config.fusion:
         domains = ", ".join(model.config.fusion["domains"])
         raise ConfigError(

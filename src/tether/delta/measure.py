@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tether.cauchy.charts import fuse
 from tether.cauchy.divergence import drift
 from tether.causal.fused import Fusion
-from tether.causal.leash import leash_law
-from tether.causal.score_leash import location_path, pull_scores
+from tether.causal.softmax import softmax_kl
+from tether.causal.summed import Sum
 from tether.delta.cache import hidden_states
-from tether.delta.objective import chunk_rows, softmax_shift
+from tether.delta.objective import chunk_rows
 from tether.delta.windows import Windows
-from tether.theory.bounds import fused_drift_bound
 
 __all__ = ["Measurement", "Variant", "measure"]
 
@@ -35,6 +33,12 @@ class Variant(NamedTuple):
     gated: bool
     leash: float | None = None
     leash_metric: str = "softmax"
+
+    @property
+    def sum(self) -> Sum:
+        """The sum whose law is served, and measured."""
+        leash = None if self.leash is None else (self.leash, self.leash_metric)
+        return Sum(weights=tuple(self.weights), chart=self.chart, leash=leash)
 
 
 class Measurement(NamedTuple):
@@ -76,6 +80,8 @@ def measure(
 ) -> Measurement:
     """Compare the base with several ways to add its deltas.
 
+    What is measured is what the model serves: both read `tether.causal.summed.Sum.law`.
+
     Cost per token: one backbone pass, one product with the (V, C) head for the base and one for every
     variant that moves the token (closed gates cost nothing).
 
@@ -96,88 +102,50 @@ def measure(
     nll, kl, moved_by, allowed = (torch.zeros(kinds, count) for _ in range(4))
     kept = torch.ones(kinds, count)
     gates_at = torch.ones(domains, count)
-    done = 0
+    done, rows, head = 0, chunk_rows(model.action.weight), (model.action.weight, model.action.bias)
     for batch in windows.batches(batch_size):
         states = hidden_states(model, batch, fusion.layers)
         where = windows.positions(batch)
         gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
         gates_at[:, where] = gates
-        rows = chunk_rows(model.action.weight)
         for part, offsets in zip(states[batch.mask].split(rows), where.split(rows), strict=True):
             chunk_gates = gates_at[:, offsets]
             loc, log_scale = model.abduction(part[:, : fusion.hidden_size].to(model.action.weight.dtype))
             scores = model.action.score_loc(loc)
-            log_prob = torch.log_softmax(scores.float(), dim=-1)
-            prob = log_prob.exp()
-            target = windows.targets[offsets]
-            base = -log_prob.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            log_prob = scores.float().log_softmax(-1)
+            target = windows.targets[offsets].clamp(min=0).unsqueeze(-1)
+            base = -log_prob.gather(-1, target).squeeze(-1)
             base_nll[offsets] = base
             x, y = fusion.deltas(part)
             alone = drift(x, y).sum(-1)  # (N, tokens)
             for row, variant in enumerate(variants):
-                weights = torch.tensor(variant.weights).unsqueeze(-1) * (
-                    chunk_gates if variant.gated else torch.ones_like(chunk_gates)
-                )
-                # Without a change of scale both charts add the same numbers, and the constant is 1.
-                chart = "symmetric" if fusion.location_only and variant.chart == "linear" else variant.chart
-                allowed[row, offsets] = fused_drift_bound(alone, weights, chart).float()
-                nll[row, offsets] = base
-                open_rows = (weights != 0).any(0)
-                if not bool(open_rows.any()):
+                added = variant.sum
+                acting = chunk_gates if variant.gated else torch.ones_like(chunk_gates)
+                bound = added.bound(alone, acting, location_only=fusion.location_only)
+                allowed[row, offsets], nll[row, offsets] = bound.float(), base
+                moved = (added.shares(acting) != 0).any(0)
+                if not bool(moved.any()):
                     continue
-                at = offsets[open_rows]
-                fused_x, fused_y = fuse(
-                    x[:, open_rows], y[:, open_rows], weights[:, open_rows], variant.chart
+                at, here = offsets[moved], slice(None) if bool(moved.all()) else moved
+                law = added.law(
+                    loc[here],
+                    log_scale[here],
+                    x[:, here],
+                    y[:, here],
+                    acting[:, here],
+                    head,
+                    base_scores=scores[here],
+                    keep_scores=True,
                 )
-                law = loc[open_rows], log_scale[open_rows]
-                if variant.leash is not None and variant.leash_metric == "latent":
-                    fused_x, fused_y, kept[row, at] = _pull(
-                        *law, fused_x, fused_y, variant.leash, variant.chart
-                    )
-                    allowed[row, at] = allowed[row, at].clamp(max=variant.leash)
-                shift = _shift(model, law[0], law[1].exp() * fused_y, scores[open_rows])
-                if variant.leash is not None and variant.leash_metric == "softmax":
-                    before = log_prob[open_rows]
-                    factor = pull_scores(before, before + shift, variant.leash)[0]
-                    fused_x, fused_y = location_path(fused_x, fused_y, factor)
-                    # A move too large for its dtype is not finite, and then the base is served.
-                    away = (factor > 0).unsqueeze(-1)
-                    shift = torch.where(away, shift * factor.unsqueeze(-1), 0)
-                    kept[row, at] = factor
-                moved_by[row, at] = drift(fused_x, fused_y).sum(-1)
-                distance, normaliser = (
-                    softmax_shift(log_prob, shift, prob)
-                    if bool(open_rows.all())
-                    else (softmax_shift(log_prob[open_rows], shift))
-                )
-                chosen = target[open_rows].clamp(min=0).unsqueeze(-1)
-                kl[row, at] = distance
-                nll[row, at] = base[open_rows] - shift.gather(-1, chosen).squeeze(-1) + normaliser
+                kept[row, at] = law.factor
+                moved_by[row, at] = drift(law.x, law.y).sum(-1)
+                served = model.action.score_loc(law.loc) if law.scores is None else law.scores
+                log_served = served.float().log_softmax(-1)
+                kl[row, at] = softmax_kl(log_prob[here], log_served)
+                nll[row, at] = -log_served.gather(-1, target[here]).squeeze(-1)
         done += len(where)
         if on_step:
             on_step({"done": done, "total": count})
     return Measurement(
         windows.documents, scored, base_nll[scored], nll[:, scored], kl, moved_by, allowed, gates_at, kept
     )
-
-
-def _shift(model: Any, loc: Tensor, move: Tensor, scores: Tensor) -> Tensor:
-    """Return how far the scores of all classes move, float32."""
-    weight = model.action.weight
-    if weight.dtype == torch.float32:
-        # The move alone, which keeps small differences, and without the class bias, which is no part of them.
-        shifted: Tensor = move @ weight.T
-        return shifted
-    # In half precision what is served is rounded, and so far away from the base as it is rounded.
-    moved: Tensor = model.action.score_loc(loc + move).float()
-    return moved - scores.float()
-
-
-def _pull(
-    loc: Tensor, log_scale: Tensor, x: Tensor, y: Tensor, nats: float, chart: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the moves that a leash in metric `latent` leaves, as they are served, and the factors."""
-    law = leash_law(loc, log_scale, x, y, nats, chart)
-    pulled = (law.factor < 1).unsqueeze(-1)
-    near_x, near_y = law.log_scale - log_scale, (law.loc - loc) / log_scale.exp()
-    return torch.where(pulled, near_x, x), torch.where(pulled, near_y, y), law.factor

@@ -1,6 +1,7 @@
 """What a fit minimises and what it is held to: candidate softmax on the domain, output Fisher on the base."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ __all__ = [
     "full_cross_entropy",
     "mean_probability",
     "output_fisher",
-    "softmax_shift",
+    "softmax_law",
 ]
 
 CHUNK_BYTES = 24_000_000
@@ -208,33 +209,20 @@ def output_fisher(
     return ((second - outer) / len(latent_loc)).float()
 
 
-def softmax_shift(
-    log_prob: Float[Tensor, "tokens vocab"],
-    shift: Float[Tensor, "tokens vocab"],
-    prob: Float[Tensor, "tokens vocab"] | None = None,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """KL and normaliser of a softmax whose logits are shifted.
-
-    With s centred under p, KL(p || p e^s / Z) = log E_p[e^s] = log1p(E_p[e^s - 1]), which keeps small values: in
-    float32 to about 1e-7 of the size of the shift.
+def softmax_law(
+    latent_loc: Float[Tensor, "tokens latent"],
+    weight: Float[Tensor, "vocab latent"],
+    bias: Float[Tensor, " vocab"] | None = None,
+) -> Iterator[Float[Tensor, "rows vocab"]]:
+    """Compute the served softmax, a few tokens at a time.
 
     Args:
-        log_prob: base log probabilities, shape (n, V).
-        shift: change of the logits, shape (n, V).
-        prob: exp(log_prob) if at hand, shape (n, V).
+        latent_loc: loc of U, shape (N, C).
+        weight: the output head, shape (V, C).
+        bias: of the classes, shape (V,), or None.
 
-    Returns:
-        KL(base || shifted) in nats, shape (n,), >= 0; and the log normaliser, so that the shifted log
-        probabilities are log_prob + shift - normaliser, shape (n,).
+    Yields:
+        Log probabilities of `chunk_rows` tokens, shape (rows, V), float32.
     """
-    prob = log_prob.exp() if prob is None else prob
-    mean = (prob * shift).sum(-1)
-    centred = shift - mean.unsqueeze(-1)
-    # e^s overflows float32 in sums from about 80; those rows take the plain form, where nothing small is lost.
-    far = centred.amax(-1) > 20.0
-    plain = (log_prob[far] + centred[far]).double()
-    kl = torch.log1p(centred.expm1_().mul_(prob).sum(-1).clamp(min=-0.5))
-    if bool(far.any()):
-        kl[far] = torch.logsumexp(plain, dim=-1).to(kl)
-    kl = kl.clamp(min=0.0)
-    return kl, kl + mean
+    for part in latent_loc.split(chunk_rows(weight)):
+        yield _logits(part, weight, bias).log_softmax(-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tether.causal.summed import bound_chart
 from tether.errors import ConfigError
 from tether.theory.bounds import K_INF, fused_drift_bound
 
@@ -68,7 +69,7 @@ def planned_drift(
     scaled = []
     for mean, a in zip(means, weights, strict=True):
         # A share of a weight may be as small as it likes, and then nearly doubles the drift.
-        below = 2.0 if shared else 2 - min(a, 1.0)
+        below = 2.0 if shared else 2 - a
         scaled.append(mean * max(below, a * a * (K_INF if single and a > 1 else 1.0)) if a else 0.0)
     return _bound(scaled, [1.0] * len(scaled), chart)
 
@@ -92,9 +93,7 @@ def budget_figures(described: Mapping[str, Any], measured: float) -> dict[str, f
     means = [budget.get("latent_base") for budget in described["budgets"]]
     if any(mean is None for mean in means):
         return None
-    chart = described["chart"]
-    if chart == "linear" and described["location_only"]:
-        chart = "symmetric"
+    chart = bound_chart(described["chart"], described["location_only"])
     shared = bool(described["gated"]) and described.get("gate") == "softmax"
     allowed = planned_drift(means, described["weights"], chart, shared=shared)
     if allowed is None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tether.delta.anchor import Anchor
-from tether.delta.budget import AIM, Budget, Met, meet_budget
+from tether.delta.budget import Budget
 from tether.delta.head import Head, Reference, token_drift
+from tether.delta.objective import softmax_law
 from tether.delta.source import PIECE, Source, spread
-from tether.delta.strength import Change, Strength, base_law, find_strength, served_change, token_nll
+from tether.delta.strength import Change, Strength, find_strength, served_change, token_nll
+from tether.scale import AIM, Met, meet_budget
 
 __all__ = ["MEASURED", "Needs", "Ray"]
 
@@ -84,11 +86,11 @@ class Ray:
         """
         if factor not in self._changes:
             at, (weight, _, bias) = self.some, self.needs
-            move = at.scale * self.head.scaled(factor).displacement(at.states)[1]
-            law: Iterable[Tensor] = base_law(at.loc, weight=weight, bias=bias)
+            loc = at.loc + at.scale * self.head.scaled(factor).displacement(at.states)[1]
+            law: Iterable[Tensor] = softmax_law(at.loc, weight, bias)
             if 4 * len(at.loc) * len(weight) <= KEPT_BYTES:
                 law = self._law = self._law or list(law)
-            self._changes[factor] = served_change(law, move, self.targets, weight=weight)
+            self._changes[factor] = served_change(law, loc, self.targets, weight=weight, bias=bias)
         return self._changes[factor]
 
     def limited(self, factor: float) -> float:
@@ -120,7 +122,7 @@ class Ray:
         """Find the factor at which the measured drift is within 5 % below the budget.
 
         Returns:
-            The factor and the drift there; see `tether.delta.budget.meet_budget`.
+            The factor and the drift there; see `tether.scale.meet_budget`.
         """
         budget, metric, value = self.budget, self.budget.metric, self.budget.value or 0.0
         # Each full measurement is dear. How fast drift grows along the ray is learnt from a cheap form of it, and
@@ -133,7 +135,7 @@ class Ray:
             some = self.source.some(len(self.source) * self.probe // self.tokens + 1)
         third = [some.some(max(1, min(self.probe, len(some.states)) // 3))]
         rough = self._drift(metric, 1.0, third) * full / max(self._drift(inner, 1.0, third), 1e-30)
-        start = (AIM * value / rough) ** (1 / max(power, 0.5)) if rough > 0 else 1.0
+        start = (AIM * value / rough) ** (1 / max(power, 0.5)) if 0 < rough < math.inf else 1.0
         tries = 40 if metric == "latent" else 8
         return meet_budget(self.limited, value, start=start, power=power, ceiling=budget.stretch, tries=tries)
 

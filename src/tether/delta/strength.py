@@ -1,23 +1,22 @@
 """How strong a learnt delta should be: the factor along its ray with the least loss on documents kept aside."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from tether.causal.softmax import softmax_kl
 from tether.delta.head import Head, Reference
-from tether.delta.objective import chunk_rows, softmax_shift
+from tether.delta.objective import chunk_rows, softmax_law
 from tether.stats import standard_error
 
 __all__ = [
     "STEP",
     "Change",
     "Strength",
-    "base_law",
     "change_figures",
     "find_strength",
     "served_change",
@@ -103,11 +102,8 @@ def token_nll(
         Negative log likelihoods, nats, shape (n,), float32.
     """
     loc = at.loc if head is None else at.loc + at.scale * head.displacement(at.states)[1]
-    rows, moved = chunk_rows(weight), None if bias is None else bias.to(weight.dtype)
-    losses = [
-        -linear(part, weight, moved).float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        for part, target in zip(loc.to(weight.dtype).split(rows), targets.split(rows), strict=True)
-    ]
+    parts = zip(softmax_law(loc, weight, bias), targets.split(chunk_rows(weight)), strict=True)
+    losses = [-log_prob.gather(-1, target.unsqueeze(-1)).squeeze(-1) for log_prob, target in parts]
     return torch.cat(losses) if losses else torch.zeros(0)
 
 
@@ -139,48 +135,30 @@ class Change(NamedTuple):
 
 
 @torch.no_grad()
-def base_law(loc: Tensor, *, weight: Tensor, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Compute the served softmax of the base, a few tokens at a time.
-
-    Args:
-        loc: location of U under the base, shape (n, C).
-        weight: output head, shape (V, C).
-        bias: of the classes, shape (V,), or None.
-
-    Yields:
-        Log probabilities of `chunk_rows` tokens, shape (rows, V), float32.
-    """
-    start = None if bias is None else bias.to(weight.dtype)
-    for some in loc.to(weight.dtype).split(chunk_rows(weight)):
-        yield linear(some, weight, start).float().log_softmax(-1)
-
-
-@torch.no_grad()
-def served_change(law: Iterable[Tensor], move: Tensor, targets: Tensor | None, *, weight: Tensor) -> Change:
+def served_change(
+    law: Iterable[Tensor], loc: Tensor, targets: Tensor | None, *, weight: Tensor, bias: Tensor | None = None
+) -> Change:
     """Measure drift and losses of the served softmax in one pass.
 
     Cost: one product with the (V, C) head a token, beside that of `law`.
 
     Args:
-        law: log probabilities of the base at n tokens, from `base_law`.
-        move: how far the location of U is moved, shape (n, C).
+        law: log probabilities of the base at n tokens, from `tether.delta.objective.softmax_law`.
+        loc: moved location of U, shape (n, C).
         targets: next tokens, shape (n,), negative where there is none; None where they are not known.
         weight: output head, shape (V, C).
+        bias: of the classes, shape (V,), or None.
 
     Returns:
         The change; losses are nan where there is no next token.
     """
-    rows = chunk_rows(weight)
-    known = torch.full((len(move),), -1) if targets is None else targets
+    known = torch.full((len(loc),), -1) if targets is None else targets
     found = []
-    for log_prob, moved, target in zip(
-        law, move.to(weight.dtype).split(rows), known.split(rows), strict=True
-    ):
-        shift, index = (moved @ weight.T).float(), target.clamp(min=0).unsqueeze(-1)
-        own, raised = (values.gather(-1, index).squeeze(-1) for values in (log_prob, shift))
-        kl, normaliser = softmax_shift(log_prob, shift)
-        none = torch.where(target < 0, math.nan, 0.0)
-        found.append((kl, none - own, none - own - raised + normaliser))
+    parts = zip(law, softmax_law(loc, weight, bias), known.split(chunk_rows(weight)), strict=True)
+    for before, after, target in parts:
+        index, none = target.clamp(min=0).unsqueeze(-1), torch.where(target < 0, math.nan, 0.0)
+        losses = (none - log_prob.gather(-1, index).squeeze(-1) for log_prob in (before, after))
+        found.append((softmax_kl(before, after), *losses))
     return Change(*(torch.cat(values) for values in zip(*found, strict=True)))
 
 

@@ -17,6 +17,7 @@ from tether.delta.held_out import HELD_OUT, check_share
 from tether.delta.objective import CandidateSoftmax, full_cross_entropy
 from tether.delta.source import Source
 from tether.errors import ConfigError
+from tether.scale import DualAscent
 
 __all__ = ["FEATURES", "Aside", "Fit", "Step", "Training"]
 
@@ -128,8 +129,7 @@ class Training:
         aside: other domain text for early stopping, or None.
 
     Attributes:
-        multiplier: of the constraint, now.
-        start: of the constraint at first; well below it at the end means the budget does not bind.
+        dual: the multiplier of the constraint; well below its start at the end means the budget does not bind.
         drift: on base text at the last step of the dual, in the budget's metric, or None.
         curve: figures at every step of the dual and every look at the documents set aside.
         stopped: step of the heads that are returned.
@@ -159,7 +159,9 @@ class Training:
         self.second = torch.zeros(shape, requires_grad=True)
         self.first = None if fit.location_only else torch.zeros(shape, requires_grad=True)
         value = fit.budget.value or 1.0
-        self.start = self.multiplier = 0.05 / value if fit.budget.penalty is None else fit.budget.penalty
+        # A penalty is a multiplier that stays as it is.
+        start = 0.05 / value if fit.budget.penalty is None else fit.budget.penalty
+        self.dual = DualAscent(start, budget=value)
         # The Fisher form stands in for the softmax KL inside the fit; `ratio` is what one is of the other.
         self.inner = "latent" if fit.budget.metric == "latent" else "fisher"
         self.ratio = 1.0
@@ -168,6 +170,11 @@ class Training:
         self.stopped = 0
         self._best: tuple[float, list[Tensor]] | None = None
         self._waited = 0
+
+    @property
+    def multiplier(self) -> float:
+        """Of the constraint, now."""
+        return self.dual.multiplier
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -278,11 +285,8 @@ class Training:
             # How many latent nats a nat of the served softmax is depends on the scale of U.
             served = token_drift("fisher", head, self.watched, fisher=self.fisher).mean()
             rate = float(served) / max(inner, 1e-30)
-            self.start = self.multiplier = GAIN * math.sqrt(max(rate, 1e-30) / budget.value)
-        # In logarithms the ascent answers alike to drifts far above and far below the budget.
-        excess = math.log(max(self.drift, 1e-12) / budget.value)
-        self.multiplier *= math.exp(0.3 * max(-2.0, min(2.0, excess)))
-        self.multiplier = min(max(self.multiplier, self.start / 100), self.start * 100)
+            self.dual = DualAscent(GAIN * math.sqrt(max(rate, 1e-30) / budget.value), budget=budget.value)
+        self.dual.step(self.drift)
 
     # Loss on the documents set aside, of the delta as its budget would leave it: a delta that is over its
     # budget now is no better for it. The same draws every time, so that looks can be compared.

@@ -184,12 +184,16 @@ def sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], what
         CheckpointError: If the config names no heads, or the shapes do not fit it.
     """
     text = config.get("text_config") or config
-    heads = text.get("num_attention_heads")
-    if not isinstance(heads, int):
+    heads: Any = text.get("num_attention_heads")
+    groups: Any = text.get("num_key_value_heads") or heads
+    size = text.get("head_dim") or 1
+    if any(
+        not isinstance(count, int) or isinstance(count, bool) or count < 1 for count in (heads, groups, size)
+    ):
         raise CheckpointError(
-            f"{what}: config.json has no num_attention_heads; expected that of a Llama- or Qwen-like decoder"
+            f"{what}: config.json has num_attention_heads {heads!r}, num_key_value_heads {groups!r} and head_dim "
+            f"{size!r}; expected the positive whole numbers of a Llama- or Qwen-like decoder"
         )
-    groups = text.get("num_key_value_heads") or heads
     rows = shapes[_FIRST][0]
     rope = text.get("head_dim") or rows // heads
     vocab, residual = shapes["embed_tokens.weight"]

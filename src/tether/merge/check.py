@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.causal.softmax import softmax_kl
 from tether.delta.windows import Windows, window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.recipe import Check
@@ -18,7 +19,6 @@ __all__ = [
     "Comparison",
     "check",
     "compare",
-    "kl_divergence",
     "load_checkpoint",
     "read_texts",
     "sample_paths",
@@ -65,21 +65,6 @@ class Comparison(NamedTuple):
                 "standard_error": standard_error(kl, self.documents.numpy()) if several else None,
             },
         }
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Give the divergence of two categorical laws.
-
-    .. math:: D(p \| q) = \sum_v p_v (\log p_v - \log q_v)
-
-    Args:
-        log_p: normalised log-probabilities, shape (..., V).
-        log_q: likewise.
-
-    Returns:
-        Nats, not below 0, shape (...).
-    """
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
 
 
 def load_checkpoint(path: Path | str) -> Any:
@@ -143,7 +128,7 @@ def compare(
         target = windows.targets[where].clamp(min=0).unsqueeze(-1)
         for part in torch.arange(len(where)).split(max(1, _CHUNK // logits[0].shape[-1])):
             log_p, log_q = (each[part].float().log_softmax(-1) for each in logits)
-            kl[where[part]] = kl_divergence(log_p, log_q)
+            kl[where[part]] = softmax_kl(log_p, log_q)
             nll_reference[where[part]] = -log_p.gather(-1, target[part]).squeeze(-1)
             nll_merged[where[part]] = -log_q.gather(-1, target[part]).squeeze(-1)
         done += len(where)

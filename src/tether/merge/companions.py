@@ -28,6 +28,7 @@ _MODEL: Final = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+_PARTS: Final = ("text_config", "backbone_config", "quantization_config")
 TEMPLATES: Final = "additional_chat_templates"
 """Folder of the chat templates beside the default one."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -41,12 +42,14 @@ class Folder(NamedTuple):
         config: its ``config.json``; empty where there is none.
         tokenizer: files of its tokenizer and chat template.
         model: generation and processor configs.
+        config_sha256: of the bytes that the config was read from; empty where there is none.
     """
 
     weights: Path
     config: dict[str, Any]
     tokenizer: tuple[Path, ...]
     model: tuple[Path, ...]
+    config_sha256: str = ""
 
 
 def locate(path: str) -> Path:
@@ -123,35 +126,47 @@ def read_folder(path: Path) -> Folder:
     """  # noqa: DOC502 - raised by _json
     if path.is_file():
         return Folder(path, {}, (), ())
-    config: dict[str, Any] = {}
-    if (path / "config.json").is_file():
-        config = _json(path / "config.json")
+    config, sha256 = _config(path / "config.json") if (path / "config.json").is_file() else ({}, "")
     there = {file.name: file for file in path.iterdir() if file.is_file()}
     return Folder(
         path,
         config,
         (*(there[name] for name in _TOKENIZER if name in there), *sorted((path / TEMPLATES).glob("*.jinja"))),
         tuple(there[name] for name in _MODEL if name in there),
+        sha256,
     )
 
 
-def config_for(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Give the config of a result: that of the model it goes into, with the type of its weights.
+def _config(file: Path) -> tuple[dict[str, Any], str]:
+    content, sha256 = _json(file)
+    wrong = [key for key in _PARTS if not isinstance(content.get(key) or {}, dict)]
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {', '.join(wrong)} is no mapping. Copy it again.")
+    return content, sha256
+
+
+def config_for(config: dict[str, Any], dtype: str | None, tied: bool | None = None) -> dict[str, Any]:
+    """Give the config of a result: that of the model it goes into, with what its weights are.
 
     Args:
         config: of that model.
         dtype: type of the result's floats; None where it is unchanged.
+        tied: whether the result's head is its embedding, where the config has it otherwise; None to keep it.
 
     Returns:
         A new config.
     """
-    if dtype is None:
-        return dict(config)
-    changed = {
-        key: config_for(value, dtype) if isinstance(value, dict) and key.endswith("_config") else value
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if tied is not None and config.get("tie_word_embeddings") not in {None, tied}:
+        changes["tie_word_embeddings"] = tied
+    parts = {
+        key: config_for(value, dtype, tied)
         for key, value in config.items()
+        if isinstance(value, dict) and key.endswith("_config")
     }
-    return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    return config | parts | changes
 
 
 def differing_tokens(one: Folder, other: Folder) -> str | None:
@@ -195,13 +210,13 @@ def differing_tokens(one: Folder, other: Folder) -> str | None:
 def _vocabulary(files: dict[str, Path]) -> dict[str, int]:
     try:
         if "tokenizer.json" in files:
-            content = _json(files["tokenizer.json"])
+            content, _ = _json(files["tokenizer.json"])
             words = content["model"]["vocab"]
             if isinstance(words, list):  # Unigram: pairs of token and score
                 words = {token: number for number, (token, _) in enumerate(words)}
             return {**words, **{each["content"]: each["id"] for each in content.get("added_tokens", ())}}
-        words = _json(files["vocab.json"])
-        return words | (_json(files["added_tokens.json"]) if "added_tokens.json" in files else {})
+        words, _ = _json(files["vocab.json"])
+        return words | (_json(files["added_tokens.json"])[0] if "added_tokens.json" in files else {})
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the tokenizer in {next(iter(files.values())).parent} has no vocabulary that can be read "
@@ -209,13 +224,14 @@ def _vocabulary(files: dict[str, Path]) -> dict[str, int]:
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise TypeError("not a mapping")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); expected a JSON mapping. Copy it again."
         ) from error
-    return content
+    return content, hashlib.sha256(data).hexdigest()

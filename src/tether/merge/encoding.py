@@ -1,7 +1,6 @@
 """Encode neurons on sampled paths: one streaming pass a model, one sample in memory at a time."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from tether.causal.fingerprint import weights_fingerprint
 from tether.causal.losses import IGNORE
 from tether.errors import ConfigError
+from tether.merge.descriptions import read_description
 from tether.merge.packing import Pack, pack_sample, spread
 from tether.merge.paths import PathBank
 from tether.merge.probes import probes_hash
@@ -104,7 +104,7 @@ def _hash(bank: PathBank) -> str:
 def _claim(folder: Path, description: dict[str, Any]) -> None:
     file = folder / DESCRIPTION
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_description(file, "Encode into another folder.")
         differs = sorted(key for key in description if there.get(key) != description[key])
         if differs:
             raise ConfigError(

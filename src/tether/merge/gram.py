@@ -211,7 +211,7 @@ def load_grams(folder: str | Path, layer: int) -> LayerGrams:
         The matrices.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged, or a matrix that it names is not in it.
     """
     file = gram_file(folder, layer)
     try:
@@ -220,6 +220,8 @@ def load_grams(folder: str | Path, layer: int) -> LayerGrams:
             aliases = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: no Gram matrices ({error}); accumulate them again") from error
+    if lost := sorted(set(aliases.values()) - set(grams)):
+        raise CheckpointError(f"{file}: no Gram matrices of {', '.join(lost)}; accumulate them again")
     return LayerGrams(layer, grams | {name: grams[leader] for name, leader in aliases.items()})
 
 

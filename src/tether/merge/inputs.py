@@ -1,29 +1,23 @@
 """The inputs of one output tensor, read into fixed buffers."""
 
 import hashlib
-import os
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Final, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 
-from tether.errors import CheckpointError
 from tether.merge.axes import Sizes, axes_of, layer_of
+from tether.merge.files import BLOCK, Files
 from tether.merge.floats import BYTES, widen
 from tether.merge.maps import Maps, axis_index, bring
 from tether.merge.operator import Block, Extra, Floats
 
-__all__ = ["BLOCK", "Coordinates", "Files", "Inputs", "Scratch", "Source"]
-
-BLOCK: Final = 1 << 18
-"""Elements of a block: 1 MiB of float32, so that a handful of buffers stays in a core's cache."""
+__all__ = ["Coordinates", "Inputs", "Scratch", "Source"]
 
 
 class Source(NamedTuple):
@@ -38,52 +32,19 @@ class Source(NamedTuple):
 
 
 class Coordinates(NamedTuple):
-    """How a model of other shape or order is brought into the coordinates of the result."""
+    """How a model of other shape or order is brought into the coordinates of the result.
+
+    Attributes:
+        maps: which of its units stands where.
+        target: lengths of the result's axes.
+        source: lengths of its own.
+        sha256: of the file that the maps were read from.
+    """
 
     maps: Maps
     target: Sizes
     source: Sizes
-
-
-@final
-class Files:
-    """Input files, opened once each and read at offsets by any thread."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, file: Path, start: int, buffer: memoryview) -> None:
-        """Fill a buffer.
-
-        Args:
-            file: a file.
-            start: offset of the first byte.
-            buffer: bytes to fill.
-
-        Raises:
-            CheckpointError: If the file has gone or is shorter.
-        """  # noqa: DOC501 - OSError becomes CheckpointError
-        try:
-            with self._lock:
-                descriptor = self._open.get(file)
-                if descriptor is None:
-                    descriptor = self._open[file] = os.open(file, os.O_RDONLY)
-            while buffer:
-                count = os.preadv(descriptor, [buffer], start)
-                if not count:
-                    raise OSError(f"it ends {len(buffer)} bytes early")
-                buffer, start = buffer[count:], start + count
-        except OSError as error:
-            raise CheckpointError(
-                f"{file} cannot be read any more ({error}); was it changed meanwhile?"
-            ) from error
-
-    def close(self) -> None:
-        """Close all files."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+    sha256: str
 
 
 @final
@@ -179,20 +140,14 @@ class Inputs:
             The tensor as stored, or brought into the coordinates of the result.
 
         Raises:
-            CheckpointError: If its file cannot be read any more.
-        """
+            CheckpointError: If its file cannot be read any more, or was changed.
+        """  # noqa: DOC502 - raised by Files
         wanted = self.extras[key]
-        try:
-            with safe_open(wanted.file, framework="numpy") as file:
-                values: npt.NDArray[np.generic] = file.get_tensor(wanted.tensor)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{wanted.file}: {wanted.tensor} cannot be read any more ({error})"
-            ) from error
+        values = self.files.extra(wanted.file, wanted.tensor)
         axes = axes_of(self.canonical)
         if wanted.model not in self.coordinates or axes is None:
             return values
-        index = axis_index(axes[wanted.axis], layer_of(self.canonical), *self.coordinates[wanted.model])
+        index = axis_index(axes[wanted.axis], layer_of(self.canonical), *self.coordinates[wanted.model][:3])
         if index is None:
             return values
         brought = values[np.ix_(*[np.where(index < 0, 0, index)] * values.ndim)]
@@ -223,12 +178,12 @@ class Inputs:
             np.copyto(out, self._brought(source, model).reshape(-1)[start : start + len(out)])
 
     def read_source(self, source: Source, start: int, out: Floats) -> None:
-        """Read consecutive elements of a stored tensor.
+        """Read one block of a stored tensor.
 
         Args:
             source: where it lies.
-            start: first element.
-            out: where they go, shape (n,), any n for float32 and at most ``BLOCK`` for other types.
+            start: first element, a multiple of ``BLOCK``.
+            out: where they go, shape (n,): ``BLOCK`` elements, or those that are left.
         """
         width = BYTES[source.dtype]
         if source.dtype == "F32":
@@ -244,7 +199,7 @@ class Inputs:
             return self._whole[model]
         values = self._absent(model) if source is None else self._load(source)
         if source is not None and model in self.coordinates:
-            values = bring(self.canonical, values, self._absent(model), *self.coordinates[model])
+            values = bring(self.canonical, values, self._absent(model), *self.coordinates[model][:3])
         self._whole[model] = values
         return values
 

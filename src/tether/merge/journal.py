@@ -1,10 +1,14 @@
 """The record of finished tensors: one line each, believed only if the bytes are there."""
 
+import hashlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
+
+from tether.errors import CheckpointError
 
 __all__ = ["Journal", "Written"]
 
@@ -27,19 +31,21 @@ class Written(NamedTuple):
 
 @final
 class Journal:
-    """An append-only file of JSON lines.
+    """An append-only file of JSON lines: the fields of ``Written``, and a seal of 16 hexadecimal digits.
 
     A process may be killed within a line; then that line is not JSON and its tensor is not believed. Nor is
     a tensor whose bytes have another hash, so that a journal that reached the disk before them does no harm.
 
     Args:
         path: the file; made if it is missing.
+        fresh: whether to forget what is in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
+        self._descriptor = os.open(path, flags, 0o666)
         # A torn last line must not swallow the next one.
         if (content := path.read_bytes()) and not content.endswith(b"\n"):
             os.write(self._descriptor, b"\n")
@@ -49,13 +55,22 @@ class Journal:
 
         Returns:
             Tensor name to its record.
+
+        Raises:
+            CheckpointError: If a whole line is not one that a merge wrote.
         """
         found = {}
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for number, line in enumerate(self._path.read_bytes().split(b"\n"), start=1):
             try:
-                entry = Written(*json.loads(line))
-            except (ValueError, TypeError):
-                continue
+                content = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # torn
+            if problem := _problem(content):
+                raise CheckpointError(
+                    f"{self._path}, line {number} is damaged: {problem}. What the interrupted merge had finished is "
+                    "removed: start the same merge again"
+                )
+            entry = Written(*content[:4])
             found[entry.name] = entry
         return found
 
@@ -66,8 +81,25 @@ class Journal:
             entry: about it.
         """
         with self._lock:
-            os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+            os.write(self._descriptor, json.dumps([*entry, _seal(entry)]).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+# The figures of a line go into the report as they are, so that a changed digit must not pass.
+def _seal(entry: Written) -> str:
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:16]
+
+
+def _problem(content: Any) -> str:
+    fields = (*Written._fields, "seal")
+    if not isinstance(content, list) or len(content) != len(fields):
+        return f"expected a list of {', '.join(fields)}"
+    for field, value in zip(fields, content, strict=True):
+        kind = float if field in {"lost", "changed"} else str
+        if not isinstance(value, kind) or (isinstance(value, float) and not 0 <= value < math.inf):
+            return f"{field} is {str(value)[:40]!r}, expected {'a number, at least 0' if kind is float else 'text'}"
+    entry = Written(*content[:4])
+    return "" if _seal(entry) == content[4] else "seal: the other fields do not have it"

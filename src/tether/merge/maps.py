@@ -6,6 +6,7 @@ names ``residual``, ``vocab``, ``layers``, ``layers.N.mlp``, ``layers.N.group``,
 ``layers.N.value`` (the last two of shape (groups, units)); what is not given stays where it is.
 """
 
+import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from tether.errors import CheckpointError, ShapeError
 from tether.merge.axes import Axis, Sizes, axes_of, layer_of
@@ -27,27 +28,30 @@ Maps = Mapping[str, Index]
 _NESTED: Final = ("query", "value")
 
 
-def read_maps(path: str | PathLike[str]) -> dict[str, Index]:
+def read_maps(path: str | PathLike[str]) -> tuple[dict[str, Index], str]:
     """Read a file of maps.
 
     Args:
         path: a safetensors file of integers.
 
     Returns:
-        The maps by name.
+        The maps by name, and the SHA-256 of the bytes that they were read from.
 
     Raises:
         CheckpointError: If it is missing, damaged, or holds anything but integers.
     """
     try:
-        maps = load_file(Path(path))
+        content = Path(path).read_bytes()
+        maps = load(content)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"index maps {path} cannot be read ({error}); expected a safetensors file"
         ) from error
     if wrong := [name for name, values in maps.items() if values.dtype.kind not in "iu"]:
         raise CheckpointError(f"index maps {path}: {', '.join(sorted(wrong))} are not integers")
-    return {name: values.astype(np.int64) for name, values in maps.items()}
+    return {name: values.astype(np.int64) for name, values in maps.items()}, hashlib.sha256(
+        content
+    ).hexdigest()
 
 
 def check_maps(maps: Maps, target: Sizes, source: Sizes, layers: tuple[int, int], what: str) -> None:

@@ -1,6 +1,5 @@
 """Observe a model on its own paths: sample, accumulate Gram matrices, keep both in a folder that merges read."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +10,7 @@ from tether.merge.gram import gram_file, save_grams, stream_grams
 from tether.merge.packing import pack_bank
 from tether.merge.paths import load_bank, sample_paths, save_bank
 from tether.merge.probes import EncodedProbe, probes_hash
-from tether.merge.survey import OBSERVATION
+from tether.merge.survey import OBSERVATION, read_observation
 from tether.merge.towers import find_tower
 from tether.store.publish import write_json
 
@@ -63,12 +62,13 @@ def observe(
         "shortest": shortest, "longest": longest, "top_p": top_p, "seed": seed,
     }  # fmt: skip
     file = folder / OBSERVATION
-    if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if differs := sorted(key for key in description if there.get(key) != description[key]):
-            raise ConfigError(
-                f"{folder} holds an observation with another {', '.join(differs)}; choose another folder, or remove it"
-            )
+    there = read_observation(folder)
+    if differs := sorted(
+        key for key in description if there is not None and there.get(key) != description[key]
+    ):
+        raise ConfigError(
+            f"{folder} holds an observation with another {', '.join(differs)}; choose another folder, or remove it"
+        )
     if checkpoint is not None:
         description["checkpoint"] = checkpoint
     layers = len(find_tower(model).layers)

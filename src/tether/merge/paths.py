@@ -245,6 +245,6 @@ def load_bank(path: str | Path) -> PathBank:
                 opened.get_tensor(name) for name in ("tokens", "log_prob", "lengths")
             )
             encoded = [EncodedProbe(probes[i].pop("input_ids"), probes[i]) for i in range(len(tokens))]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a bank of paths ({error}); sample the paths again") from error
     return PathBank(encoded, tokens, log_prob, lengths)

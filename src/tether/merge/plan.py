@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -14,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from tether._version import __version__
 from tether.errors import ConfigError
 from tether.merge.conventions import compare_conventions
+from tether.merge.files import BLOCK
 from tether.merge.floats import BYTES
-from tether.merge.inputs import BLOCK, Coordinates
+from tether.merge.inputs import Coordinates
 from tether.merge.layout import Place, Shard, lay_out
 from tether.merge.opening import Opened, align, compare_vocabularies, few, open_models
-from tether.merge.operator import Operator
+from tether.merge.operator import Extra, Operator
 from tether.merge.operators import OPERATORS
 from tether.merge.planner import Planner, Schemas, TensorPlan
 from tether.merge.recipe import Recipe
@@ -68,6 +70,15 @@ class Plan:
             largest = max((prod(tensor.shape) for tensor in self.tensors if tensor.kept is None), default=0)
             whole = largest * 4 * ((sources + 1) if self.operator.whole else len(self.coordinates) + 3)
         return threads * (buffers + whole)
+
+    def extras(self) -> Iterator[Extra]:
+        """List what operators read beside the weights.
+
+        Yields:
+            Tensors such as Gram matrices, some of them more than once.
+        """
+        for tensor in self.tensors:
+            yield from (tensor.extras or {}).values()
 
     def summary(self) -> dict[str, Any]:
         """Give what a user wants to know before the work.

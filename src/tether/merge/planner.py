@@ -105,7 +105,7 @@ class Planner:
         self.notes: list[str] = []
         self.missing: dict[str, list[str]] = {}
         self.misshapen: dict[str, list[tuple[TensorPlan, Source]]] = {}
-        self.present = {name: frozenset(model.reader.names) for name, model in opened.items()}
+        self.present = {name: frozenset(model.names) for name, model in opened.items()}
 
     def tensors(self) -> tuple[TensorPlan, ...]:
         """Plan every tensor of the result.
@@ -116,14 +116,26 @@ class Planner:
         inside = self.own.inside
         canonical = {name: short for short, name in self.own.tower.names.items() if short in inside}
         planned = []
-        for name in self.own.reader.names:
+        for name in self.own.names:
             if name in canonical:
                 planned.append(self._tensor(name, canonical[name], inside=True))
             elif name in self.own.tower.others:
                 planned.append(self._tensor(name, name, inside=False))
             else:
-                self.notes.append(f"{name} is left out: {self.own.name} ties its head to its embedding")
+                self.notes.append(
+                    f"{name} is left out: it is a copy of the embedding that {self.own.name} ties it to"
+                )
         self._report_names()
+        for opened in self.opened.values():
+            if opened.buffers:
+                self.notes.append(
+                    f"{opened.buffers} rotary tables of {opened.name} are left out: they are computed from the config"
+                )
+            if opened.untied:
+                self.notes.append(
+                    f"{opened.name}: config.json ties the head to the embedding, but a head of its own is stored; "
+                    "it is merged as one"
+                )
         outside = [tensor for tensor in planned if tensor.canonical == tensor.name and tensor.kept]
         if self.own.tower.others and self.recipe.towers == "keep":
             self.notes.append(

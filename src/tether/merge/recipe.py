@@ -97,6 +97,8 @@ class Recipe(_Strict):
     """Tensors outside the language tower: kept from ``into``, or merged like the others."""
     vocabulary: Literal["same", "same-rows"] = "same"
     """Whether all tokenizers must agree, or only the numbers of rows (for files without a tokenizer)."""
+    conventions: Literal["same", "into"] = "same"
+    """Whether configs must make the same function of equal weights, or the result is read as that of ``into`` says."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Type of the result's floats; as in ``into`` if left out."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -1,33 +1,28 @@
 """A merge from plan to published folder."""
 
-import json
 import os
 from collections.abc import Callable
-from math import sqrt
 from pathlib import Path
 from typing import Any, final
 
 from tether.errors import CheckpointError, ConfigError, TetherError
-from tether.merge.companions import TEMPLATES, config_for
-from tether.merge.journal import Written
-from tether.merge.layout import index_json
 from tether.merge.plan import Plan, make_plan, start_of
-from tether.merge.recipe import Check, Recipe
-from tether.merge.scaling import Scaled, scale_to_budget
-from tether.merge.staging import Staging, refuse_occupied, staged
+from tether.merge.recipe import Check
+from tether.merge.report import REPORT, make_report
+from tether.merge.result import carry, describe_inputs, published, seal
+from tether.merge.staging import Staging, staged
 from tether.merge.stream import stream
-from tether.merge.survey import check_observed, survey
+from tether.merge.survey import Survey, check_observed, survey
+from tether.scale import Met, meet_budget
 from tether.store.hashing import sha256_file
-from tether.store.manifest import Input, Manifest, read_manifest, write_manifest
-from tether.store.publish import write_json
+from tether.store.manifest import Input
+from tether.store.reader import CheckpointReader
 
 __all__ = ["REPORT", "check_possible", "merge"]
 
-REPORT = "merge.json"
-"""The file in a merged model's folder: what rounding lost, each tensor's hash, how it was checked."""
-
 Reporter = Callable[[str], Callable[[dict[str, float]], None]]
 Measure = Callable[[Path], dict[str, Any]]
+Texts = dict[str, str]
 
 
 def merge(
@@ -49,19 +44,20 @@ def merge(
 
     Raises:
         ConfigError: If the folder is taken, threads is not positive, or the check cannot be done.
-        CheckpointError: If an input holds NaN, was changed meanwhile, or the disk is full.
+        CheckpointError: If an input holds NaN, was changed meanwhile, or the disk is full; if the folder holds the
+            result of this merge, and that is damaged.
     """  # noqa: DOC502 - CheckpointError is raised by what it calls
     if threads is not None and threads < 1:
         raise ConfigError(f"threads={threads}: expected at least 1")
     threads = threads or min(4, os.cpu_count() or 1)
     steps = steps or (lambda name: lambda entry: None)
-    if (published := _published(plan, out, threads)) is not None:
-        return published
-    work = _Work(plan, out, threads, steps)
+    if (report := published(plan, out, threads)) is not None:
+        return report
     wanted = plan.recipe.check
     if wanted is None:
-        return work.publish(plan, None)
-    measure = _measure(plan, wanted, steps)
+        return _Work(plan, out, threads, steps, {}).publish(plan, None)
+    measure, texts = _measure(plan, wanted, steps)
+    work = _Work(plan, out, threads, steps, texts)
     if not wanted.solve_lambda:
         return work.publish(plan, measure)
     return _publish_scaled(work, plan, wanted, measure)
@@ -69,18 +65,23 @@ def merge(
 
 @final
 class _Work:
-    """What the merges of one call share: the folder, the threads, the inputs' fingerprints."""
+    """What the merges of one call share: the folder, the threads, the hashes of all that is read."""
 
-    def __init__(self, asked: Plan, out: Path, threads: int, steps: Reporter) -> None:
-        self.asked, self.out, self.threads, self.steps = asked, out, threads, steps
-        self.fingerprints: dict[str, str] = {}
+    def __init__(self, asked: Plan, out: Path, threads: int, steps: Reporter, texts: Texts) -> None:
+        self.asked, self.out, self.threads, self.steps, self.texts = asked, out, threads, steps, texts
+        self.found: Survey | None = None
 
     def publish(self, plan: Plan, measure: Measure | None) -> dict[str, Any]:
         with staged(self.out, plan.digest, _size(plan)) as staging:
-            report = self.write(plan, staging)
-            if measure:
-                report["check"] = self._guarded(staging, lambda: measure(staging.model))
-                write_json(staging.model / REPORT, report)
+
+            def finish() -> dict[str, Any]:
+                report, inputs = self._write(plan, staging)
+                if measure:
+                    report["check"] = self._measured(plan, staging, measure)
+                seal(plan, self.asked.recipe, staging.model, report, inputs)
+                return report
+
+            report = self._guarded(staging, finish)
             if not measure or report["check"]["accepted"] is not False:
                 staging.publish()
             staging.discard()
@@ -89,32 +90,47 @@ class _Work:
     # Write a result without publishing it, and measure it.
     def trial(self, plan: Plan, measure: Measure) -> dict[str, Any]:
         with staged(self.out, plan.digest, _size(plan)) as staging:
-            self.write(plan, staging)
-            return self._guarded(staging, lambda: measure(staging.model))
 
-    def write(self, plan: Plan, staging: Staging) -> dict[str, Any]:
-        return self._guarded(staging, lambda: self._write(plan, staging))
+            def finish() -> dict[str, Any]:
+                self._write(plan, staging)
+                return self._measured(plan, staging, measure)
 
-    def _write(self, plan: Plan, staging: Staging) -> dict[str, Any]:
-        self.fingerprints = self.fingerprints or survey(
-            plan.opened, staging.survey, self.threads, self.steps("reading inputs")
-        )
-        extras = (extra for tensor in plan.tensors for extra in (tensor.extras or {}).values())
+            return self._guarded(staging, finish)
+
+    def _write(self, plan: Plan, staging: Staging) -> tuple[dict[str, Any], tuple[Input, ...]]:
+        # What a journal names was made from the bytes that the survey beside it describes, and from no others.
+        claims = staging.survey.is_file()
+        if self.found is None:
+            reading = self.steps("reading inputs")
+            self.found = survey(plan.opened, plan.extras(), staging.survey, self.threads, reading)
+        elif not claims:
+            self.found.keep(staging.survey)
+        _refuse_untied(plan, self.found)
         for folder, name in sorted(
-            {(Path(extra.file).parent, extra.model) for extra in extras if extra.model}
+            {(Path(each.file).parent, each.model) for each in plan.extras() if each.model}
         ):
-            check_observed(folder, self.fingerprints[name], name)
-        written = stream(plan, staging, threads=self.threads, on_step=self.steps("merging"))
-        if len(plan.shards) > 1:
-            write_json(staging.model / "model.safetensors.index.json", index_json(plan.shards, plan.places))
-        _carry(plan, staging.model)
-        inputs = _inputs(plan, self.fingerprints)
-        write_manifest(
-            staging.model, Manifest(kind="merge", inputs=inputs, recipe=_record(self.asked.recipe))
-        )
-        report = _report(plan, written)
-        write_json(staging.model / REPORT, report)
-        return report
+            check_observed(folder, self.found.fingerprints[name], name)
+        merging = self.steps("merging")
+        seen = self.found.seen(plan.opened)
+        written = stream(plan, staging, seen, claims=claims, threads=self.threads, on_step=merging)
+        inputs = describe_inputs(plan, self.found, self.texts, carry(plan, staging.model))
+        return make_report(plan, written), inputs
+
+    # The check loads its references from their files once more: they have to be what was merged.
+    def _measured(self, plan: Plan, staging: Staging, measure: Measure) -> dict[str, Any]:
+        assert self.found is not None
+        assert plan.recipe.check is not None
+        figures = measure(staging.model)
+        for name in plan.recipe.check.references or plan.recipe.inputs:
+            folder = plan.opened[name].folder
+            config = sha256_file(folder.weights / "config.json")
+            weights = CheckpointReader(folder.weights).fingerprint()
+            if (weights, config) != (self.found.fingerprints[name], folder.config_sha256):
+                raise CheckpointError(
+                    f"{folder.weights} was changed while the result was compared with it. Nothing was published. Start "
+                    "the same merge again when nothing writes to its inputs."
+                )
+        return figures
 
     def _guarded(self, staging: Staging, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -126,6 +142,18 @@ class _Work:
             raise
 
 
+# A head that was a copy of its embedding when the merge was planned is left out of the result.
+def _refuse_untied(plan: Plan, found: Survey) -> None:
+    for name, model in plan.opened.items():
+        if copy := model.copied_head:
+            digests = found.blocks[name]
+            if digests[copy[0]] != digests[copy[1]]:
+                raise CheckpointError(
+                    f"{model.folder.weights} was changed since the merge was planned: its head was its embedding then. "
+                    "Nothing was merged. Start again when nothing writes to it."
+                )
+
+
 def _publish_scaled(work: _Work, plan: Plan, wanted: Check, measure: Measure) -> dict[str, Any]:
     measured: dict[float, dict[str, Any]] = {}
 
@@ -135,16 +163,17 @@ def _publish_scaled(work: _Work, plan: Plan, wanted: Check, measure: Measure) ->
         return drift
 
     assert wanted.accept is not None  # read_recipe refuses solve_lambda without it
-    found = scale_to_budget(drift_at, wanted.accept, start=start_of(plan.recipe))
+    # Each try is a whole merge: fewer of them, and a wider band is enough.
+    found = meet_budget(drift_at, wanted.accept, start=start_of(plan.recipe), tries=4, enough=0.9, aim=0.97)
     # No factor that was tried keeps the budget: the smallest one shows by how much.
-    scale = min(measured) if found.scale is None else found.scale
+    scale = found.scale or min(measured)
     # The bytes are those that were measured, so nothing needs to be measured again.
     return work.publish(
         _with_lambda(plan, scale), lambda folder: measured[scale] | {"lambda": _tried(scale, found)}
     )
 
 
-def _tried(scale: float, found: Scaled) -> dict[str, Any]:
+def _tried(scale: float, found: Met) -> dict[str, Any]:
     return {
         "value": scale,
         "tried": [{"lambda": each, "worst_mean_kl": drift} for each, drift in found.tried],
@@ -168,8 +197,8 @@ def check_possible(plan: Plan) -> None:
         _measure(plan, plan.recipe.check, lambda name: lambda values: None)
 
 
-# Make sure that the check can be done, and give the function that does it.
-def _measure(plan: Plan, wanted: Check, steps: Reporter) -> Measure:
+# Make sure that the check can be done; give the function that does it, and the hashes of its texts.
+def _measure(plan: Plan, wanted: Check, steps: Reporter) -> tuple[Measure, Texts]:
     names = wanted.references or tuple(plan.recipe.inputs)
     own, donor = (
         plan.opened[name].folder
@@ -188,75 +217,21 @@ def _measure(plan: Plan, wanted: Check, steps: Reporter) -> Measure:
         raise ConfigError(f"the check cannot be done: {'; '.join(problems)}")
     from tether.merge.check import check, read_texts
 
+    paths = sorted(set(wanted.text.values()))
+    # A text that is missing is said better by its reader.
+    before = {path: sha256_file(path) for path in paths if Path(path).is_file()}
     windows = read_texts(wanted, donor.weights)
+    texts = {path: sha256_file(path) for path in paths}
+    if changed := [path for path in paths if before.get(path) != texts[path]]:
+        raise CheckpointError(
+            f"{', '.join(changed)} was changed while it was read; start the same merge again"
+        )
     references = {name: plan.opened[name].folder.weights for name in names}
-    return lambda folder: check(wanted, folder, references, windows, seed=plan.recipe.seed, steps=steps)
-
-
-# The report of a folder that holds the result of this very merge already; any other content is refused.
-def _published(plan: Plan, out: Path, threads: int) -> dict[str, Any] | None:
-    try:
-        manifest = read_manifest(out)
-        if manifest.recipe == _record(plan.recipe) and manifest.inputs == _inputs(
-            plan, survey(plan.opened, None, threads)
-        ):
-            report: dict[str, Any] = json.loads((out / REPORT).read_bytes())
-            return report
-    except (CheckpointError, OSError, ValueError):
-        pass
-    refuse_occupied(out)
-    return None
+    return (
+        lambda folder: check(wanted, folder, references, windows, seed=plan.recipe.seed, steps=steps),
+        texts,
+    )
 
 
 def _size(plan: Plan) -> int:
     return sum(shard.bytes for shard in plan.shards)
-
-
-def _record(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude={"out"})
-
-
-def _inputs(plan: Plan, fingerprints: dict[str, str]) -> tuple[Input, ...]:
-    models = [
-        Input(role=name, path=plan.recipe.inputs[name].path, sha256=fingerprint)
-        for name, fingerprint in fingerprints.items()
-    ]
-    # Whatever else the result rests on: another Gram matrix or another check text makes another merge.
-    files = {
-        str(extra.file): "statistics" for tensor in plan.tensors for extra in (tensor.extras or {}).values()
-    }
-    files |= {model.align: "maps" for model in plan.recipe.inputs.values() if model.align}
-    files |= dict.fromkeys((plan.recipe.check.text if plan.recipe.check else {}).values(), "check text")
-    donor = plan.opened[plan.recipe.tokenizer or plan.recipe.skeleton].folder
-    own = plan.opened[plan.recipe.skeleton].folder
-    files |= {str(file): "companion" for file in (*donor.tokenizer, *own.model)}
-    return (*models, *(Input(role=role, path=path, sha256=sha256_file(path)) for path, role in files.items()))
-
-
-def _carry(plan: Plan, folder: Path) -> None:
-    own = plan.opened[plan.recipe.skeleton].folder
-    donor = plan.opened[plan.recipe.tokenizer or plan.recipe.skeleton].folder
-    for file in (*donor.tokenizer, *own.model):
-        place = folder / TEMPLATES / file.name if file.parent.name == TEMPLATES else folder / file.name
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(file.read_bytes())
-    if own.config:
-        write_json(folder / "config.json", config_for(own.config, plan.recipe.dtype))
-
-
-def _report(plan: Plan, written: dict[str, Written]) -> dict[str, Any]:
-    shares = {name: sqrt(entry.lost / entry.changed) for name, entry in written.items() if entry.changed > 0}
-    lost = sum(entry.lost for entry in written.values())
-    changed = sum(entry.changed for entry in written.values())
-    worst = max(shares, key=lambda name: shares[name], default=None)
-    summary = plan.summary()
-    return {
-        "plan": {
-            key: summary[key] for key in summary if key not in {"models", "memory_per_thread", "digest"}
-        },
-        "rounding": {
-            "share_of_change": sqrt(lost / changed) if changed else 0.0,
-            "worst": None if worst is None else {"tensor": worst, "share_of_change": shares[worst]},
-        },
-        "tensors": {name: entry.sha256 for name, entry in written.items()},
-    }

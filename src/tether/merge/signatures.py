@@ -1,19 +1,27 @@
 """LAPE signatures: per neuron phi = [activation, path gradient, length-normalised loss], read from disk by module."""
 
-import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
+from pydantic import BaseModel, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tether.errors import CheckpointError, ConfigError
+from tether.merge.descriptions import read_description
 
 __all__ = ["DESCRIPTION", "FIELDS", "Signature", "Signatures"]
 
 DESCRIPTION: Final = "signatures.json"
 FIELDS: Final = ("activation", "gradient", "paper_gradient", "fisher")
+
+
+class _Description(BaseModel):
+    samples: PositiveInt
+    chunk: PositiveInt
+    modules: dict[str, PositiveInt]
+    gradients: bool
 
 
 class Signature(NamedTuple):
@@ -51,7 +59,9 @@ class Signatures:
         file = self._folder / DESCRIPTION
         if not file.is_file():
             raise CheckpointError(f"{folder}: no {DESCRIPTION} in it; encode the model first")
-        self.description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self.description: dict[str, Any] = read_description(
+            file, "Encode again into another folder.", _Description
+        )
         count = -(-self.description["samples"] // self.description["chunk"])
         self._files = [self._folder / f"signatures-{i:05d}.safetensors" for i in range(count)]
         if missing := [file.name for file in self._files if not file.is_file()]:

@@ -20,12 +20,10 @@ class Staging(NamedTuple):
     Attributes:
         final: the name that it will have.
         folder: holds the rest, and what is known about it.
-        resumed: whether it was begun by an earlier process.
     """
 
     final: Path
     folder: Path
-    resumed: bool
 
     @property
     def model(self) -> Path:
@@ -112,7 +110,7 @@ def staged(final: Path, digest: str, needed: int) -> Iterator[Staging]:
             raise ConfigError(
                 f"another process is merging into {final}; wait for it, or choose another"
             ) from error
-        staging = _take_up(Staging(final, folder, resumed=False), digest)
+        staging = _take_up(Staging(final, folder), digest)
         there = sum(path.stat().st_blocks * 512 for path in staging.model.rglob("*"))
         free = shutil.disk_usage(folder).free
         if needed - there > free:
@@ -126,13 +124,13 @@ def staged(final: Path, digest: str, needed: int) -> Iterator[Staging]:
 
 def _take_up(staging: Staging, digest: str) -> Staging:
     mark = staging.folder / "plan.json"
-    begun = mark.is_file() and mark.read_text(encoding="utf-8").strip() == f'"{digest}"'
+    begun = mark.is_file() and mark.read_bytes().strip() == f'"{digest}"'.encode()
     if not begun:
         for path in staging.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_json(mark, digest)
     staging.model.mkdir(exist_ok=True)
-    return staging._replace(resumed=begun)
+    return staging
 
 
 def _flush(path: Path) -> None:

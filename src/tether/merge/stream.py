@@ -11,8 +11,9 @@ from typing import final
 import numpy as np
 
 from tether.errors import CheckpointError
+from tether.merge.files import BLOCK, Files, Seen, block_bytes
 from tether.merge.floats import BYTES, finite, narrow, widen
-from tether.merge.inputs import BLOCK, Files, Inputs, Scratch, Source
+from tether.merge.inputs import Inputs, Scratch, Source
 from tether.merge.journal import Journal, Written
 from tether.merge.layout import Place
 from tether.merge.operator import Floats
@@ -23,13 +24,15 @@ from tether.merge.staging import Staging
 
 __all__ = ["stream"]
 
-_COPY = 1 << 20  # bytes copied at a time where nothing changes
+_CHUNK = 1 << 20  # bytes of a finished tensor that are hashed at a time
 
 
 def stream(
     plan: Plan,
     staging: Staging,
+    seen: Seen,
     *,
+    claims: bool,
     threads: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Written]:
@@ -40,7 +43,10 @@ def stream(
 
     Args:
         plan: what to do.
-        staging: where; tensors that it already holds are checked and not made again.
+        staging: where the files are.
+        seen: hashes of all that is read, from the survey.
+        claims: whether an earlier process began the work with the same survey: what its journal names is
+            checked, and not made again.
         threads: how many tensors at once.
         on_step: called with `done` and `total` bytes written.
 
@@ -48,16 +54,16 @@ def stream(
         Tensor name to its record.
 
     Raises:
-        CheckpointError: If an input was changed meanwhile, a result leaves the range of its type, or the
-            disk is full.
+        CheckpointError: If an input was changed meanwhile, a result leaves the range of its type, the journal
+            is damaged, or the disk is full.
     """
     outputs: list[int] = []
-    journal = Journal(staging.journal)
-    files = Files()
+    journal = Journal(staging.journal, fresh=not claims)
+    files = Files(seen)
     worker = _Worker(plan, outputs, files)
     try:
         _open_outputs(plan, staging, outputs)
-        claimed = journal.entries() if staging.resumed else {}
+        claimed = journal.entries()
         total = sum(place.bytes for place in plan.places.values())
         written: dict[str, Written] = {}
         done = 0
@@ -193,8 +199,9 @@ class _Worker:
     def _copied(self, source: Source, place: Place) -> str:
         digest = hashlib.sha256()
         buffer = self._scratch().values[0].view(np.uint8).data
-        for start in range(0, place.bytes, _COPY):
-            part = buffer[: min(_COPY, place.bytes - start)]
+        step = block_bytes(source.dtype)
+        for start in range(0, place.bytes, step):
+            part = buffer[: min(step, place.bytes - start)]
             self.files.read(source.file, source.start + start, part)
             digest.update(part)
             self._write(place, start, part)
@@ -202,9 +209,9 @@ class _Worker:
 
     def _hash(self, place: Place) -> str:
         digest = hashlib.sha256()
-        for start in range(0, place.bytes, _COPY):
+        for start in range(0, place.bytes, _CHUNK):
             digest.update(
-                os.pread(self.outputs[place.shard], min(_COPY, place.bytes - start), place.start + start)
+                os.pread(self.outputs[place.shard], min(_CHUNK, place.bytes - start), place.start + start)
             )
         return digest.hexdigest()
 

@@ -1,50 +1,126 @@
 """One reading of all inputs before the work: their hashes, and that every weight is a number."""
 
+import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from tether.errors import CheckpointError
+from tether.merge.descriptions import damage, read_description
+from tether.merge.files import Seen, block_bytes, hash_array, read_extra
 from tether.merge.floats import BYTES, finite
 from tether.merge.opening import Opened
+from tether.merge.operator import Extra
+from tether.store.hashing import sha256_file
 from tether.store.publish import write_json
 from tether.store.reader import CheckpointReader
 
-__all__ = ["OBSERVATION", "check_observed", "survey"]
+__all__ = ["OBSERVATION", "Survey", "check_observed", "read_observation", "survey"]
 
 OBSERVATION: Final = "observation.json"
 """Describes a folder of Gram matrices, see `tether.merge.observation`."""
 
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Blocks = Annotated[str, Field(pattern="^([0-9a-f]{64})*$")]
+
+
+class _Record(BaseModel):
+    """What a resumed merge is told of the reading; its seal is the SHA-256 of the other fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    fingerprints: dict[str, _Digest]
+    blocks: dict[str, dict[str, _Blocks]]
+    files: dict[str, _Digest]
+    extras: dict[str, dict[str, _Digest]]
+    seal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What one reading of all inputs found.
+
+    Attributes:
+        fingerprints: model name to fingerprint, see `CheckpointReader.fingerprint`.
+        blocks: model name to tensor name to the SHA-256 of its blocks, one after the other.
+        files: path of a file of Gram matrices to its SHA-256.
+        extras: path of such a file to tensor name to the SHA-256 of what is needed of it.
+    """
+
+    fingerprints: dict[str, str]
+    blocks: dict[str, dict[str, bytes]]
+    files: dict[str, str]
+    extras: dict[str, dict[str, bytes]]
+
+    def keep(self, record: Path) -> None:
+        """Write down what was found, for a resumed merge.
+
+        Args:
+            record: the file.
+        """
+        write_json(record, _sealed(self))
+
+    def seen(self, opened: dict[str, Opened]) -> Seen:
+        """Give the hashes under the places that a merge reads.
+
+        Args:
+            opened: the models.
+
+        Returns:
+            The hashes.
+
+        Raises:
+            CheckpointError: If two models are one file and it was changed between their readings.
+        """
+        places: dict[tuple[Path, int], bytes] = {}
+        for name, model in opened.items():
+            for tensor, digests in self.blocks[name].items():
+                file, start, _ = model.reader.span(tensor)
+                step = block_bytes(model.reader.dtype(tensor))
+                for number in range(len(digests) // 32):
+                    digest = digests[number * 32 : number * 32 + 32]
+                    if places.setdefault((file, start + number * step), digest) != digest:
+                        raise CheckpointError(
+                            f"{file} was changed while the inputs were read: {tensor} is not the same for every model "
+                            "that is read from it. Nothing was merged. Start again when nothing writes to it."
+                        )
+        extras = {(file, name): digest for file, each in self.extras.items() for name, digest in each.items()}
+        return Seen(places, extras)
+
 
 def survey(
     opened: dict[str, Opened],
+    extras: Iterable[Extra],
     record: Path | None,
     threads: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
-) -> dict[str, str]:
+) -> Survey:
     """Hash the inputs and look for NaN and infinity.
 
     Args:
         opened: the models.
+        extras: tensors beside the weights that will be read.
         record: keeps the result for a resumed merge; it belongs to one plan, and so to unchanged files;
             None to read in any case and keep nothing.
         threads: how many models are read at once.
         on_step: called with `done` and `total` bytes.
 
     Returns:
-        Model name to fingerprint.
+        The hashes.
 
     Raises:
-        CheckpointError: If a file cannot be read, or holds NaN or infinity; one message names all tensors.
+        CheckpointError: If a file cannot be read, was changed since it was opened, or holds NaN or infinity (one
+            message names all tensors); if the record is damaged.
     """
     if record and record.is_file():
-        known: dict[str, str] = json.loads(record.read_bytes())
-        return known
+        return _recorded(record)
     total = sum(file.stat().st_size for model in opened.values() for file in model.reader.files)
     done, lock = [0], threading.Lock()
 
@@ -55,8 +131,8 @@ def survey(
                 on_step({"done": float(done[0]), "total": float(total)})
 
     with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(lambda model: _read(model.reader, report), opened.values()))
-    wrong = {name: bad for name, (_, bad) in zip(opened, results, strict=True) if bad}
+        results = list(pool.map(lambda model: _read(model, report), opened.values()))
+    wrong = {name: bad for name, (_, _, bad) in zip(opened, results, strict=True) if bad}
     if wrong:
         listed = "; ".join(
             f"{name}: {', '.join(bad[:5])}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}"
@@ -66,22 +142,108 @@ def survey(
             f"NaN or infinite weights in {listed}. Expected finite numbers; nothing was merged. The checkpoint is "
             "damaged, or its training diverged: take another one."
         )
-    fingerprints = {name: fingerprint for name, (fingerprint, _) in zip(opened, results, strict=True)}
+    needed: dict[str, dict[str, bytes]] = {}
+    for extra in extras:
+        tensors = needed.setdefault(extra.file, {})
+        if extra.tensor not in tensors:
+            tensors[extra.tensor] = hash_array(read_extra(extra.file, extra.tensor))
+    found = Survey(
+        fingerprints={name: fingerprint for name, (fingerprint, _, _) in zip(opened, results, strict=True)},
+        blocks={name: blocks for name, (_, blocks, _) in zip(opened, results, strict=True)},
+        files={file: sha256_file(file) for file in needed},
+        extras=needed,
+    )
     if record:
-        write_json(record, fingerprints)
-    return fingerprints
+        found.keep(record)
+    return found
 
 
-def _read(reader: CheckpointReader, report: Callable[[int], None]) -> tuple[str, list[str]]:
+def _read(model: Opened, report: Callable[[int], None]) -> tuple[str, dict[str, bytes], list[str]]:
+    reader = model.reader
+    # Places and types are those of the plan: of another file they would be some other bytes.
+    now = CheckpointReader(reader.path)
+    if [(name, now.span(name), now.shape(name), now.dtype(name)) for name in now.names] != [
+        (name, reader.span(name), reader.shape(name), reader.dtype(name)) for name in reader.names
+    ]:
+        raise CheckpointError(
+            f"{reader.path} was changed since the merge was planned: its tensors are others. Nothing was merged. Start "
+            "again when nothing writes to it."
+        )
     bad: dict[str, None] = {}
     dtypes = {name: reader.dtype(name) for name in reader.names}
+    blocks: dict[str, list[bytes]] = {name: [] for name in reader.names}
 
     def inspect(name: str, chunk: memoryview) -> None:
         if dtypes[name] in BYTES and not finite(np.frombuffer(chunk, np.uint8), dtypes[name]):
             bad[name] = None
+        # Chunks are whole numbers of blocks, but for the last one of a tensor.
+        step = block_bytes(dtypes[name])
+        blocks[name] += [
+            hashlib.sha256(chunk[start : start + step]).digest() for start in range(0, len(chunk), step)
+        ]
         report(len(chunk))
 
-    return reader.fingerprint(inspect), list(bad)
+    fingerprint = reader.fingerprint(inspect)
+    return fingerprint, {name: b"".join(digests) for name, digests in blocks.items()}, list(bad)
+
+
+def _sealed(found: Survey) -> dict[str, Any]:
+    content = {
+        "fingerprints": found.fingerprints,
+        "blocks": {
+            name: {each: value.hex() for each, value in of.items()} for name, of in found.blocks.items()
+        },
+        "files": found.files,
+        "extras": {
+            file: {each: value.hex() for each, value in of.items()} for file, of in found.extras.items()
+        },
+    }
+    return content | {"seal": _seal(content)}
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _recorded(record: Path) -> Survey:
+    try:
+        known = _Record.model_validate_json(record.read_bytes())
+        content = known.model_dump(exclude={"seal"})
+        if _seal(content) != known.seal:
+            raise ValueError("seal: the other fields do not have this hash")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{record} is damaged ({damage(error)}); expected what the interrupted merge had read of its inputs. What "
+            "that merge had finished is removed: start the same merge again"
+        ) from error
+    return Survey(
+        fingerprints=known.fingerprints,
+        blocks={
+            name: {each: bytes.fromhex(text) for each, text in of.items()}
+            for name, of in known.blocks.items()
+        },
+        files=known.files,
+        extras={
+            file: {each: bytes.fromhex(text) for each, text in of.items()}
+            for file, of in known.extras.items()
+        },
+    )
+
+
+def read_observation(folder: str | Path) -> dict[str, Any] | None:
+    """Read the description of a folder of Gram matrices.
+
+    Args:
+        folder: of the matrices.
+
+    Returns:
+        The description; None where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is no mapping.
+    """  # noqa: DOC502 - raised by read_description
+    file = Path(folder) / OBSERVATION
+    return read_description(file, "Observe the model again.") if file.is_file() else None
 
 
 def check_observed(folder: str | Path, fingerprint: str, name: str) -> None:
@@ -95,15 +257,7 @@ def check_observed(folder: str | Path, fingerprint: str, name: str) -> None:
     Raises:
         CheckpointError: the description names another checkpoint, or cannot be read.
     """
-    file = Path(folder) / OBSERVATION
-    if not file.is_file():
-        return
-    try:
-        observed = json.loads(file.read_text(encoding="utf-8")).get("checkpoint")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file}: not the description of an observation; observe {name} again"
-        ) from error
+    observed = (read_observation(folder) or {}).get("checkpoint")
     if observed is not None and observed != fingerprint:
         raise CheckpointError(
             f"{folder} was observed on another checkpoint ({str(observed)[:19]}...) than {name} "

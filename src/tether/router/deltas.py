@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.cauchy.charts import fuse as fuse_displacements
 from tether.causal.routed import RoutedFusion, route_shares
-from tether.delta.budget import meet_budget
+from tether.causal.softmax import softmax_kl
+from tether.causal.summed import Sum
 from tether.delta.cache import StateCache
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
@@ -22,11 +22,11 @@ from tether.delta.objective import (
     chunk_rows,
     mean_probability,
     output_fisher,
-    softmax_shift,
 )
 from tether.delta.source import spread
 from tether.errors import CheckpointError, ConfigError
 from tether.router.tokens import Tokens, token_features
+from tether.scale import DualAscent, meet_budget
 
 __all__ = ["DeltaRouterFit", "route_deltas"]
 
@@ -185,21 +185,22 @@ def _shares(fusion: RoutedFusion, at: Tokens) -> Tensor:
 def _moved(fusion: RoutedFusion, at: Tokens, shares: Tensor) -> Tensor:
     # How far the shares move loc of U, shape (n, C).
     x, y = fusion.deltas(at.at.states)
-    moved: Tensor = at.at.scale * fuse_displacements(x, y, shares, chart=fusion.chart)[1]
+    added = Sum(weights=(1.0,) * len(fusion.domains), chart=fusion.chart)
+    moved: Tensor = at.at.scale * added.add(x, y, shares)[1]
     return moved
 
 
 @torch.no_grad()
 def _served_drift(model: Any, fusion: RoutedFusion, at: Tokens, factor: float) -> Tensor:
-    move = _moved(fusion, at, _shares(fusion, at) * factor)
-    weight = model.action.weight
-    rows = chunk_rows(weight)
-    found = []
-    for loc, change in zip(at.at.loc.split(rows), move.split(rows), strict=True):
-        log_prob = model.action.score_loc(loc.to(weight.dtype)).float().log_softmax(-1)
-        # Without the class bias, which is no part of a difference of logits.
-        found.append(softmax_shift(log_prob, (change.to(weight.dtype) @ weight.T).float())[0])
-    return torch.cat(found)
+    added = Sum(weights=(factor,) * len(fusion.domains), chart=fusion.chart)
+    x, y = fusion.deltas(at.at.states)
+    served = added.law(at.at.loc, at.at.scale.log(), x, y, _shares(fusion, at)).loc
+    rows, score = chunk_rows(model.action.weight), model.action.score_loc
+    laws = (
+        [score(loc).float().log_softmax(-1) for loc in pair]
+        for pair in zip(at.at.loc.split(rows), served.split(rows), strict=True)
+    )
+    return torch.cat([softmax_kl(*pair) for pair in laws])
 
 
 class _Router:
@@ -208,7 +209,7 @@ class _Router:
     def __init__(self, model: Any, fusion: RoutedFusion, fit: DeltaRouterFit) -> None:
         self.model, self.fusion, self.fit = model, fusion, fit
         self.generator = torch.Generator().manual_seed(fit.seed)
-        self.multiplier = 0.05 / fit.budget
+        self.dual = DualAscent(0.05 / fit.budget, budget=fit.budget)
 
     def run(
         self, text: Tokens, anchor: Tokens, on_step: Callable[[dict[str, float]], None] | None
@@ -243,16 +244,14 @@ class _Router:
                 )
                 moved = self._drift(anchor.take(drawn), fisher).mean()
                 optimizer.zero_grad()
-                (nll + self.multiplier * moved).backward()
+                (nll + self.dual.multiplier * moved).backward()
                 optimizer.step()
                 schedule.step()
                 # Batches are noisy; the dual follows a running mean.
                 drift = moved.item() if step == 1 else 0.7 * drift + 0.3 * moved.item()
                 if step % PACE == 0:
-                    excess = math.log(max(drift, 1e-12) / fit.budget)
-                    self.multiplier *= math.exp(0.3 * max(-2.0, min(2.0, excess)))
-                    self.multiplier = min(max(self.multiplier, 5e-4 / fit.budget), 5.0 / fit.budget)
-                entry = {"step": step, "nll": nll.item(), "drift": drift, "multiplier": self.multiplier}
+                    self.dual.step(drift)
+                entry = {"step": step, "nll": nll.item(), "drift": drift, "multiplier": self.dual.multiplier}
                 if step % PACE == 0 or step == steps:
                     curve.append(entry)
                 if on_step:

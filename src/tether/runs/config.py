@@ -46,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is not the folder of a run: it has no run.json. Check the path."
         ) from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}); expected JSON as a run writes it. Choose "
             "another folder."

@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise CheckpointError(

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from tether.errors import CheckpointError, ConfigError
 from tether.store.hashing import sha256_file
 from tether.store.publish import publish_file
@@ -31,6 +33,19 @@ __all__ = [
 SCHEMA_VERSION: Final = 1
 # The names that store.publish gives to what is not complete yet.
 _TEMPORARY = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}", re.DOTALL)
+
+
+class _Output(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Record(BaseModel):
+    schema_version: int
+    config_hash: str
+    inputs: dict[str, str]
+    outputs: dict[str, _Output]
+    figures: dict[str, Any]
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -130,20 +145,22 @@ def describe_outputs(folder: Path, stage: str, outputs: Iterable[Path]) -> dict[
 
 
 def outputs_stand(folder: Path, record: dict[str, Any]) -> bool:
-    """Return whether every output of a record still exists with the size that it had.
+    """Return whether every output of a record still exists with the bytes that it had.
 
     Args:
         folder: The run's folder.
         record: What ``read_record`` returned.
 
     Returns:
-        True if none is missing or of another size.
-    """
-    for path, output in record["outputs"].items():
-        file = folder / path
-        if not file.is_file() or file.stat().st_size != output["size"]:
-            return False
-    return True
+        True if none is missing or has other bytes; all of them are read, unless a length tells already.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """  # noqa: DOC502 - raised by sha256_file
+    files = [(folder / path, output) for path, output in record["outputs"].items()]
+    if not all(file.is_file() and file.stat().st_size == output["size"] for file, output in files):
+        return False
+    return all(sha256_file(file) == output["sha256"] for file, output in files)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -156,17 +173,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
         The record; None where there is none that can be used, so that the stage is done again.
     """
     try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = path.read_bytes()
+        _Record.model_validate_json(content)
+        # Python's own reader gives back NaN among the figures.
+        record: dict[str, Any] = json.loads(content)
+    except (OSError, ValueError, RecursionError):
         return None
-    keys = {"schema_version", "config_hash", "inputs", "outputs", "figures"}
-    if (
-        not isinstance(record, dict)
-        or not keys <= record.keys()
-        or record["schema_version"] != SCHEMA_VERSION
-    ):
-        return None
-    return record
+    return record if record["schema_version"] == SCHEMA_VERSION else None
 
 
 def write_record(path: Path, value: dict[str, Any]) -> None:

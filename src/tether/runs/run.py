@@ -180,8 +180,8 @@ class Run:
             name: The name of a stage.
 
         Returns:
-            True if its record is of this configuration, every output exists with the size it had, and every
-            input exists with the content it had.
+            True if its record is of this configuration, and every output and every input exists with the content
+            it had.
 
         Raises:
             ConfigError: If the name cannot be that of a stage.

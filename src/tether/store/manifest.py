@@ -1,5 +1,7 @@
 """``tether.json``: what made an artifact, from which inputs, by which recipe."""
 
+import hashlib
+import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -24,6 +26,7 @@ __all__ = [
 
 MANIFEST: Final = "tether.json"
 SCHEMA_VERSION: Final = 1
+_OPTIONAL: Final = {"outputs", "seal"}
 
 
 class Input(BaseModel):
@@ -83,6 +86,24 @@ class Manifest(BaseModel):
     """Every file it was made from."""
     recipe: dict[str, Any] = {}
     """The options it was made with, as JSON."""
+    outputs: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
+    """Files of the artifact to the SHA-256 of their bytes, for artifacts that are compared with it later."""
+    seal: str = ""
+    """SHA-256 of the other fields; only where there are outputs, so that no damage to the record itself passes."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether a seal that was written is not that of the other fields."""
+        return bool(self.outputs or self.seal) and self.seal != self.sealed().seal
+
+    def sealed(self) -> "Manifest":
+        """Give the same record with its seal.
+
+        Returns:
+            A new manifest.
+        """
+        content = json.dumps(self.model_dump(exclude={"seal"}), sort_keys=True, allow_nan=False)
+        return self.model_copy(update={"seal": hashlib.sha256(content.encode()).hexdigest()})
 
 
 def write_manifest(folder: str | PathLike[str], manifest: Manifest) -> None:
@@ -96,7 +117,12 @@ def write_manifest(folder: str | PathLike[str], manifest: Manifest) -> None:
         ConfigError: If the recipe holds something that JSON cannot.
         CheckpointError: If the disk is full.
     """  # noqa: DOC502 - raised by write_json
-    write_json(Path(folder) / MANIFEST, manifest.model_dump(mode="python"))
+    manifest = manifest.sealed() if manifest.outputs else manifest
+    content = manifest.model_dump(mode="python")
+    write_json(
+        Path(folder) / MANIFEST,
+        {key: value for key, value in content.items() if value or key not in _OPTIONAL},
+    )
 
 
 def read_manifest(folder: str | PathLike[str]) -> Manifest:

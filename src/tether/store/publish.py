@@ -23,6 +23,7 @@ from tether.errors import CheckpointError, ConfigError
 __all__ = ["check_free", "clean_stale", "publish_file", "publish_folder", "write_json"]
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
+_FILE = 0o666  # what a new file may have at most; the umask takes some of it away
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -32,7 +33,8 @@ def publish_folder(
 ) -> Iterator[Path]:
     """Write a folder that appears under its name complete, or not at all.
 
-    On a clean exit every file is flushed to the disk and the temporary folder is renamed to ``final``.
+    On a clean exit every file gets the permissions of a new file, whoever wrote it, and is flushed to the disk; then
+    the temporary folder is renamed to ``final``.
     On any exception it is removed and ``final`` stays as it was.
 
     A file system has no portable call that swaps two folders, so ``replace`` renames twice: the old
@@ -59,9 +61,11 @@ def publish_folder(
     temporary = _sibling(final, "tmp")
     with _discarded_on_error(temporary, final, needed):
         temporary.mkdir()
+        mode = temporary.stat().st_mode & _FILE
         yield temporary
         for folder, _, files in os.walk(temporary, topdown=False):
             for file in files:
+                _allow(Path(folder, file), mode)
                 _flush(Path(folder, file))
             _flush(Path(folder))
         _refuse_occupied(final, replace)
@@ -80,6 +84,8 @@ def publish_folder(
 @contextmanager
 def publish_file(final: str | PathLike[str], *, needed: int | None = None) -> Iterator[Path]:
     """Write a file that appears under its name complete, or not at all; an existing one is replaced.
+
+    It gets the permissions of a new file, whoever wrote it.
 
     Args:
         final: The file to publish; missing parents are made.
@@ -104,6 +110,7 @@ def publish_file(final: str | PathLike[str], *, needed: int | None = None) -> It
                 f"no file was written for {final}; expected one at the temporary path {temporary}. Write to "
                 "the path that publish_file yields."
             )
+        _allow(temporary, _new_mode(final))
         _flush(temporary)
         temporary.replace(final)
         _flush(final.parent)
@@ -256,6 +263,23 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+# The permissions that a new file gets beside a published one. Asking for the umask would change it for all threads.
+def _new_mode(final: Path) -> int:
+    probe = _sibling(final, "tmp")
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE)
+    try:
+        return os.fstat(descriptor).st_mode & _FILE
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+# Libraries that write under a temporary name first, as safetensors does, leave files that only their owner may read.
+def _allow(path: Path, mode: int) -> None:
+    if not path.is_symlink() and path.stat().st_mode & _FILE != mode:
+        path.chmod(mode)
 
 
 def _flush(path: Path) -> None:

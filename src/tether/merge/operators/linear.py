@@ -26,6 +26,9 @@ def linear(inputs: TensorInputs) -> Iterator[Floats]:
 
     .. math:: W = \sum_i w_i W_i / \sum_i w_i
 
+    Products, sums in the recipe's order and the division are float32, as in mergekit: of n models the result is within
+    (n + 3) 2^-24 of ``sum |w_i W_i| / |sum w_i|``, so that a model averaged with itself may differ in its last bits.
+
     Args:
         inputs: of one tensor; a parent, if given, is not used.
 

@@ -30,7 +30,8 @@ def slerp(inputs: TensorInputs) -> Iterator[Floats]:
     .. math:: W = \frac{\sin((1 - t)\theta)}{\sin\theta} W_1 + \frac{\sin(t\theta)}{\sin\theta} W_2,
               \quad \cos\theta = \frac{\langle W_1, W_2 \rangle}{|W_1| |W_2|}
 
-    and (1 - t) W_1 + t W_2 where abs(cos theta) > 0.9995. Norms and products are summed in float64.
+    and (1 - t) W_1 + t W_2 where abs(cos theta) > 0.9995, or where a tensor is zero and has no direction (mergekit
+    takes a right angle there). Norms and products are summed in float64.
 
     Args:
         inputs: of one tensor, two models; a parent, if given, is not used.
