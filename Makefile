@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/tether demo --out $(OUT)
 
 test: setup gguf-tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # llama.cpp and its converter beside the environment: the slow test of the export round trip needs them.
 gguf-tools: $(VENV)/gguf-tools/.complete
