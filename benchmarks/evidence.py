@@ -23,12 +23,14 @@ from benchmarks.heard import Heard, by_evidence, posterior
 from tether.causal.evidence import Rule
 from tether.causal.loading import load
 from tether.delta.account import account
+from tether.delta.cache import cache_states
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.windows import Windows, window_text
 from tether.demo import corpora
+from tether.router.deltas import DeltaRouterFit, route_deltas
 
 __all__ = ["GROUPS", "NAMES", "STRANGE", "Trial", "rows"]
 
@@ -68,6 +70,7 @@ class Trial:
         self.folder, self.seed, self.fast = folder / f"{LIST}-{seed}{'-fast' if fast else ''}", seed, fast
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = load("smollm2-135m")
+        self.routers: dict[str, Any] = {}
         self.general, pieces = {}, []
         for name, recipe in BASE.items():
             every = corpora.documents(recipe)
@@ -195,8 +198,31 @@ class Trial:
 
         return self.kept(f"{name}-alone", make)["nll"]
 
+    def routed(self, group: Sequence[str]) -> Any:
+        """Learn a router over a group, on the documents that its deltas were learnt from.
+
+        Args:
+            group: names of the domains.
+
+        Returns:
+            The routed model.
+        """
+        key = " ".join(group)
+        if key not in self.routers:
+            texts = {name: list(split(name, self.seed, self.tokenizer).train) for name in group}
+            texts |= {"base": self.base[::2], "held out": self.base[1::2]}
+            states = {}
+            for name, text in texts.items():
+                windows = window_text(text, self.tokenizer, tokens=6_000, name=name)
+                states[name] = cache_states(self.model, windows, self.folder / f"{name}-routed.st")
+            fit = DeltaRouterFit(budget=0.05, seed=self.seed)
+            parts = states.pop("base"), states.pop("held out")
+            deltas = [self.delta(name) for name in group]
+            self.routers[key] = route_deltas(self.model, deltas, states, *parts, fit)
+        return self.routers[key]
+
     def sums(self, group: Sequence[str], name: str) -> dict[str, Tensor]:
-        """Measure the sums of a group on a text.
+        """Measure the sums and the learned router of a group on a text.
 
         Args:
             group: names of the domains.
@@ -215,6 +241,9 @@ class Trial:
                 variants = [Variant(ones, "symmetric", gated, leash) for gated, leash in kinds.values()]
                 result = measure(self.model, model.fusion, self.windows(name, SUMMED), variants)
                 found |= dict(zip(kinds, result.nll, strict=True))
+            fusion = self.routed(group).fusion
+            routed = Variant(tuple(fusion.weights), fusion.chart, True)
+            found["learned router"] = measure(self.model, fusion, self.windows(name, SUMMED), [routed]).nll[0]
             return found
 
         return self.kept(f"{name}-sums-{len(group)}-{group[0]}", make)

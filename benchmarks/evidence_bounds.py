@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.corpus import states_folder
 from benchmarks.evidence import NAMES, STRANGE, Trial
 from benchmarks.fresh_texts import split
+from tether.causal.evidence import Rule
+from tether.causal.gates import window_mean
 from tether.causal.losses import IGNORE
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.account import Account, account
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
+from tether.delta.gate import Gate
 from tether.delta.regret import account_figures
 from tether.delta.windows import Windows
 
@@ -29,6 +32,8 @@ __all__ = ["rows", "windows_of"]
 Row = dict[str, Any]
 LENGTH = 32
 BATCH = 500
+WINDOW = 4
+"""Tokens that gates of the small model look at."""
 
 
 def rows(*, fast: bool) -> Iterator[Row]:
@@ -62,19 +67,35 @@ def _small(count: int) -> Iterator[Row]:
     model = CausalQwenForCausalLM.from_backbone(backbone.eval())
     deltas = {
         Delta(
-            name=name, chart="symmetric", gate=None, base=model.config.base_fingerprint, record={},
+            name=name, chart="symmetric", gate=_gate(model, generator), base=model.config.base_fingerprint, record={},
             first=None, second=size * torch.randn(24, 24, generator=generator),
         ): 1.0
         for name, size in (("mild", 0.02), ("strong", 0.1), ("wild", 1.0))
     }  # fmt: skip
-    fused = fuse(model, deltas)
+    # Behind gates that open and close and say how much a context looks like each domain; and with nobody asleep.
+    served = [fuse(model, deltas, rule=Rule(hold=2)), fuse(model, deltas, gated=False)]
     kinds = ("random", "repeated", "alternating", "switching", "written")
     for number, kind in enumerate(kinds):
         found = _Count()
-        for _ in range(-(-count // len(kinds) // BATCH)):
+        for turn in range(-(-count // len(kinds) // BATCH)):
+            fused = served[turn % 2]
             ids = _made(kind, BATCH, 64, generator) if kind != "written" else _written(fused, 64, generator)
             found.add(fused, windows_of(ids))
         yield from found.rows(f"small model, {kind}", number)
+
+
+# A gate that is open in about a third of random contexts, each delta's own third.
+@torch.no_grad()
+def _gate(model: Any, generator: torch.Generator) -> Gate:
+    ids = torch.randint(64, (50, LENGTH), generator=generator)
+    mean, *_ = window_mean(
+        model.backbone(ids).last_hidden_state, torch.ones_like(ids, dtype=torch.bool), WINDOW
+    )
+    center = mean[0, -1]
+    distance = (mean - center).square().sum(-1)
+    limits = distance.quantile(1 / 3, dim=0)[:WINDOW]
+    limits[-1] = distance[:, WINDOW:].quantile(1 / 3)
+    return Gate(center, torch.zeros(1, len(center)), limits, torch.ones(1))
 
 
 def _made(kind: str, count: int, vocab: int, generator: torch.Generator) -> Tensor:
