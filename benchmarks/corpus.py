@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from tether.causal.loading import load
-from tether.delta.cache import StateCache, cached
+from tether.delta.cache import StateCache
 from tether.delta.head import Head
 from tether.delta.objective import chunk_rows
+from tether.delta.shards import cached
 from tether.delta.source import reference, spread
 from tether.delta.windows import window_text
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents

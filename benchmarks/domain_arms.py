@@ -20,9 +20,10 @@ from tether.delta.adapter_training import AdapterFit
 from tether.delta.anchor import anchor_text, feature_layers
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
-from tether.delta.cache import StateCache, cached
+from tether.delta.cache import StateCache
 from tether.delta.delta import Delta
 from tether.delta.learning import fit_delta
+from tether.delta.shards import cached
 from tether.delta.training import Fit
 from tether.delta.windows import Windows, window_text
 from tether.demo.corpora import BASE_TEXTS, documents

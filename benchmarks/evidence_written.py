@@ -38,6 +38,13 @@ def rows(*, fast: bool) -> Iterator[Row]:
     with states_folder() as folder:
         trial = Trial(folder, 0, fast=fast)
         fused = trial.fused(domains)
+        neutral = _begun(trial, [text for texts in trial.general.values() for text in texts], count)
+        for sampling, options in SAMPLINGS.items():
+            text = _written(fused, neutral, trial.seed, options)
+            with torch.no_grad():
+                output = fused(input_ids=text, written_from=PROMPT, output_weights=True, logits_to_keep=1)
+            kept = int((output.log_weights[:, -1, 0].exp() >= 0.5).sum())
+            yield _row(f"{count} neutral prompts, {sampling}", "texts that the base ends with", kept, count)
         for name in domains:
             single = fuse(trial.model, {trial.delta(name): 1.0}, by="sum", gated=False)
             begun = _begun(trial, list(split(name, trial.seed, trial.tokenizer).held_out), count)
@@ -48,14 +55,6 @@ def rows(*, fast: bool) -> Iterator[Row]:
                 result = measure(trial.model, single.fusion, windows_of(text), [variant])
                 losses.append(_of_written(result.nll[0], len(text)))
             yield _row(f"{name}, {count} texts of {LENGTH} tokens", "loss under the own delta", *losses)
-        neutral = _begun(trial, [text for texts in trial.general.values() for text in texts], count)
-        for sampling, options in SAMPLINGS.items():
-            text = _written(fused, neutral, trial.seed, options)
-            with torch.no_grad():
-                output = fused(input_ids=text, written_from=PROMPT, output_weights=True, logits_to_keep=1)
-            kept = int((output.log_weights[:, -1, 0].exp() >= 0.5).sum())
-            yield _row(f"{count} neutral prompts, {sampling}", "texts that the base ends with", kept, count)
-
 
 def _begun(trial: Trial, documents: list[str], count: int) -> Tensor:
     windows = window_text(documents, trial.tokenizer, length=PROMPT)

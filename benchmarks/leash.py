@@ -17,10 +17,10 @@ from tether.cauchy.divergence import drift, kl_divergence
 from tether.causal.fused import Fusion
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.cache import load_states
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.measure import Variant, measure
+from tether.delta.shards import load_shards
 from tether.delta.token_law import check_token_law
 from tether.delta.windows import window_text
 from tether.demo.plan import TITLES
@@ -217,7 +217,7 @@ def _tiny_holds(count: int) -> list[Row]:
 def _real_holds(folder: Path, count: int) -> list[Row]:
     model, _ = load("smollm2-135m")
     found = []
-    states = load_states(folder / "states" / "tables.safetensors").states
+    states = load_shards(folder / "states" / "tables").states
     for nats, metric in ((0.5, "softmax"), (2.0, "latent")):
         fusion = fuse(model, _deltas(folder), gated=False, leash=nats, leash_metric=metric).fusion
         some = states[:: max(1, len(states) // count)][:count].float()
@@ -268,8 +268,8 @@ def _real_bounds(folder: Path, stride: int) -> list[Row]:
     model, _ = load("smollm2-135m")
     fusion = fuse(model, _deltas(folder), gated=False, by="sum").fusion
     count, over, largest = 0, dict.fromkeys(CHARTS, 0), dict.fromkeys(CHARTS, 0.0)
-    for path in sorted((folder / "states").glob("*.safetensors")):
-        for number, part in enumerate(load_states(path).states[::stride].split(512)):
+    for path in sorted((folder / "states").iterdir()):
+        for number, part in enumerate(load_shards(path).states[::stride].split(512)):
             x, y = fusion.deltas(part.float())
             alone = drift(x, y).sum(-1)
             count += len(part)
@@ -330,7 +330,7 @@ def _generation(folder: Path, repeats: int) -> list[Row]:
 def _alone(folder: Path, repeats: int) -> list[Row]:
     """CPU seconds of moving one context's law and scoring it, with and without a leash, the rest left out."""
     model, _ = load("smollm2-135m")
-    state = load_states(folder / "states" / "tables.safetensors").states[100:101].float()
+    state = load_shards(folder / "states" / "tables").states[100:101].float()
     loc, log_scale = model.abduction(state)
     head = model.action.weight, model.action.bias
     seconds: dict[str, list[float]] = {}

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from tether.causal.loading import load
 from tether.delta.budget import Budget
-from tether.delta.cache import StateCache, cache_states, load_states
+from tether.delta.cache import StateCache, cache_states
 from tether.delta.delta import Delta
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
+from tether.delta.shards import load_shards
 from tether.delta.training import Fit
 from tether.delta.windows import Windows, window_text
 from tether.demo.corpora import BASE_TEXTS, DOMAINS, documents
@@ -81,8 +82,8 @@ def _of_demo(folder: Path, tokenizer: Any, tested: int) -> Inputs:
     def text(name: str) -> Windows:
         return window_text(read_documents(folder / "texts" / f"{name}.jsonl"), tokenizer, tokens=tested)
 
-    states = {name: load_states(folder / "states" / f"{name}.safetensors") for name in (*DOMAINS, "base")}
-    states["held out"] = load_states(folder / "states" / "base-held-out.safetensors")
+    states = {name: load_shards(folder / "states" / name) for name in (*DOMAINS, "base")}
+    states["held out"] = load_shards(folder / "states" / "base-held-out")
     deltas = [Delta.load(folder / "deltas" / f"{name}.delta") for name in DOMAINS]
     return Inputs("the demo's deltas", deltas, states, {name: text(name) for name in (*DOMAINS, *BASE_TEXTS)})
 

@@ -4,7 +4,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping)
+FAMILIES = tuple(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping if kind != "causal_qwen")
 CAP, SCALE = 1.5, 0.6
 
 SIZES = {

@@ -1,7 +1,7 @@
 """The errors that tether raises on purpose.
 
 Every message says what was given, what was expected and what to do next. Anything else that escapes
-is a bug.
+is a fault of tether: the command line exits with 3 then (`tether.cli.codes`).
 """
 
 __all__ = ["CertificateError", "CheckpointError", "ConfigError", "ShapeError", "TetherError"]

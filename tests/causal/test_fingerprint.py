@@ -9,9 +9,9 @@ from tether.causal.config import CausalQwenConfig
 from tether.causal.fingerprint import fingerprint, is_changed
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.cache import cached
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse, unfuse
+from tether.delta.shards import cached
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError
 

@@ -85,8 +85,11 @@ def scored_alone(model, weighted, ids, **options):
         return torch.stack([each(input_ids=ids, **options).logits.double() for each in experts])
 
 
-def gates_alone(model, weighted, ids, gated, hold=RULE.hold):
-    """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T)."""
+def gates_alone(model, weighted, ids, gated, hold=RULE.hold, given=None):
+    """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T).
+
+    From the position `given` on the model wrote: who is awake there, or was at the end of the given text, stays.
+    """
     found = [torch.ones_like(ids, dtype=torch.bool)]
     for delta in weighted:
         with torch.no_grad():
@@ -96,6 +99,8 @@ def gates_alone(model, weighted, ids, gated, hold=RULE.hold):
                 else found[0]
             )
         held = [gate[:, max(0, t - hold) : t + 1].any(1) for t in range(ids.shape[1])]
+        for t in range(ids.shape[1] if given is None else given, ids.shape[1]):
+            held[t] = gate[:, t] | (held[t - 1] if t else False)
         found += [torch.stack(held, 1)] * len(delta.strengths)
     return torch.stack(found)
 
@@ -456,7 +461,7 @@ def test_no_token_is_evidence_that_begins_a_text_or_is_padding(model, deltas, id
 def test_of_a_prompt_only_the_last_tokens_are_evidence(model, deltas, ids, monkeypatch):
     monkeypatch.setattr(walk, "PROMPT", 6)
     weighted, given = dict.fromkeys(deltas, 1.0), 15
-    scores, awake = scored_alone(model, weighted, ids), gates_alone(model, weighted, ids, True)
+    scores, awake = scored_alone(model, weighted, ids), gates_alone(model, weighted, ids, True, given=given)
     choice = chosen(model, weighted, ids, awake)
     scored = [t >= given - 6 for t in range(ids.shape[1])]
     expected = by_hand(scores.softmax(-1), awake, ids, RULE, [2, 2, 2], given, scored, choice=choice)

@@ -81,11 +81,9 @@ def test_offsets_and_values():
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1.5e31", "1" + "0" * 31, "9" * 1000, "1" + ",000" * 11])
-def test_too_large_a_number_is_named(number):
-    with pytest.raises(ConfigError, match=r"offset 4: its size is beyond 1e\+30; expected") as caught:
-        find_numbers(f"abc {number} x")
-    assert number[:30] in str(caught.value)
-    assert len(str(caught.value)) < 300
+def test_too_large_a_number_is_text_and_its_neighbours_stay_numbers(number):
+    assert [found.value for found in find_numbers(f"3 abc {number} x -4.5")] == [3, -4.5]
+    assert [found.value for found in find_numbers(f"3,{number.replace(',', '')},7")] == [3, 7]
 
 
 def test_the_limit_itself_is_a_number():
@@ -123,10 +121,9 @@ def test_time_is_linear_on_hostile_text(unit, tail):
     assert time.process_time() - start < 20
 
 
-def test_a_million_digits_are_refused_at_once():
+def test_a_million_digits_are_text_at_once():
     start = time.process_time()
-    with pytest.raises(ConfigError, match="1000000 characters"):
-        find_numbers("7" * 1_000_000)
+    assert find_numbers("7" * 1_000_000) == []
     assert find_numbers("0." + "1" * 1_000_000)[0].value == 1 / 9
     assert time.process_time() - start < 5
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tether.causal.sleeping import recent_mean, still_open
+from tether.causal.sleeping import NEVER, recent_mean, since_open
 
 
 @pytest.mark.parametrize("window", [1, 3, 50])
@@ -24,25 +24,43 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
         assert_close(two, recent_mean(states, places, window)[:, cut:])
 
 
+@settings(max_examples=400)
+@example([(False, True, 1, False)] * 3, 1, 1, 0)
 @given(
-    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 6)), min_size=1, max_size=30),
+    st.lists(
+        st.tuples(st.booleans(), st.booleans(), st.integers(0, 6), st.booleans()), min_size=1, max_size=30
+    ),
     st.integers(0, 7),
     st.integers(0, 29),
+    st.one_of(st.none(), st.integers(0, 29)),
 )
-def test_a_gate_stays_open_for_a_while_within_its_text(text, hold, cut):
-    """Against a loop; a fresh text begins where the third number is 0, and cuts change nothing."""
-    opened = torch.tensor([[pair[:2] for pair in text]])
-    starts = [at for at, (*_, fresh) in enumerate(text) if fresh == 0 or at == 0]
-    begun = [max(start for start in starts if start <= at) for at in range(len(text))]
-    places = torch.tensor([[at - start for at, start in enumerate(begun)]])
-    expected = torch.tensor([[
-        [any(text[back][of] for back in range(max(begun[at], at - hold), at + 1)) for of in range(2)]
-        for at in range(len(text))
-    ]])  # fmt: skip
-    assert torch.equal(still_open(opened, places, hold), expected)
+def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written):
+    """Against a loop; a text begins where the third number is 0, the fourth is padding, and cuts do not matter."""
+    mask = [not (pad and at) for at, (*_, pad) in enumerate(text)]
+    expected, places, place, now = [], [], -1, [NEVER, NEVER]
+    for at, (one, two, fresh, _) in enumerate(text):
+        if mask[at]:
+            place = 0 if fresh == 0 or at == 0 else place + 1
+            if place == 0:
+                now = [NEVER, NEVER]
+            stays = bool(hold) and written is not None and at >= written
+            now = [
+                0 if gate or (stays and known <= hold) else min(known + 1, NEVER)
+                for gate, known in zip((one, two), now, strict=True)
+            ]
+        expected.append(list(now))
+        places.append(max(place, 0))
+    opened = torch.tensor([[pair[:2] for pair in text]]) & torch.tensor([mask]).unsqueeze(-1)
+    whole = opened, torch.tensor([mask]), torch.tensor([places])
+    seen = torch.tensor([mask])[0]
+    found = since_open(*whole, hold=hold, written=written)
+    assert torch.equal(found[0][seen], torch.tensor(expected)[seen].int())
     cut = min(cut, len(text) - 1)
-    later = still_open(opened[:, cut:], places[:, cut:], hold, opened[:, :cut])
-    assert torch.equal(later, expected[:, cut:])
-    # No more is needed of what came before than `hold` positions.
-    near = still_open(opened[:, cut:], places[:, cut:], hold, opened[:, max(0, cut - hold) : cut])
-    assert torch.equal(near, expected[:, cut:])
+    first = since_open(*(part[:, :cut] for part in whole), hold=hold, written=written)
+    rest = since_open(
+        *(part[:, cut:] for part in whole),
+        first,
+        hold=hold,
+        written=None if written is None else written - cut,
+    )
+    assert torch.equal(torch.cat([first, rest], 1)[0][seen], found[0][seen])

@@ -78,7 +78,7 @@ def by_hand(model, batch, mode, alpha, values=None):
 
 def check(model, batch, mode, alpha, **more):
     output = model(**batch, mode=mode, **more)
-    class_loss, value_loss = by_hand(model, batch, mode, alpha, more.get("value_labels"))
+    class_loss, value_loss = by_hand(model, batch, mode, alpha, more.get("target_values"))
     assert_close(output.class_loss.double(), class_loss, rtol=2e-5, atol=1e-5)
     assert_close(output.value_loss.double(), value_loss, rtol=2e-5, atol=1e-5)
     assert_close(output.loss, output.class_loss + model.config.value_loss_weight * output.value_loss)
@@ -127,13 +127,13 @@ def test_forms_of_the_one_vs_rest_loss_agree(form, share, batch):
 
 def test_values_of_labels_may_differ_from_those_that_are_read(batch):
     model = learner()
-    check(model, batch, "softmax", 0.5, value_labels=batch["numeric_values"] * 3)
-    check(model, batch, "deterministic", 0.5, value_labels=batch["numeric_values"] * 3)
+    check(model, batch, "softmax", 0.5, target_values=batch["numeric_values"] * 3)
+    check(model, batch, "deterministic", 0.5, target_values=batch["numeric_values"] * 3)
     # What stands at ignored labels, and before the first target, is not read.
     values = batch["numeric_values"].clone()
     values[1, :4] = torch.nan
     values[2, :1] = torch.inf
-    assert_close(model(**batch, value_labels=values).loss, model(**batch).loss)
+    assert_close(model(**batch, target_values=values).loss, model(**batch).loss)
 
 
 @pytest.mark.parametrize("mode", ["softmax", "deterministic"])
@@ -217,10 +217,10 @@ def test_unusable_numbers_of_labels_are_refused(batch):
     for wrong in (torch.nan, torch.inf, 2e30):
         values = torch.where(batch["numeric_values"] == 12.5, wrong, batch["numeric_values"])
         with pytest.raises(ConfigError, match="finite number"):
-            model(**batch, value_labels=values)
+            model(**batch, target_values=values)
     with pytest.raises(ShapeError, match="numeric_values"):
-        model(**batch, value_labels=torch.zeros(3, 7))
+        model(**batch, target_values=torch.zeros(3, 7))
     plain = CausalQwenForCausalLM.from_backbone(tiny.backbone())
     ids = batch["input_ids"].clamp(max=255)
     with pytest.raises(ConfigError, match="a model without <NUM>"):
-        plain(input_ids=ids, labels=ids, value_labels=batch["numeric_values"])
+        plain(input_ids=ids, labels=ids, target_values=batch["numeric_values"])

@@ -4,7 +4,8 @@ from torch.testing import assert_close
 
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.cache import cache_states, cached, load_states
+from tether.delta.cache import cache_states, load_states
+from tether.delta.shards import cached, read_states
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError
 
@@ -44,7 +45,7 @@ def test_the_same_text_is_read_once(model, tokenizer, tmp_path):
     second = cached(model, windows, tmp_path, on_step=steps.append)
     assert count > 0
     assert len(steps) == count
-    assert torch.equal(first.states, second.states)
+    assert torch.equal(first.states[:], second.states[:])
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -77,13 +78,66 @@ def test_damaged_or_foreign_files_are_refused(model, tokenizer, tmp_path):
         load_states(tmp_path / "model" / "model.safetensors")
 
 
-def test_a_damaged_cache_is_computed_again(model, tokenizer, tmp_path, caplog):
+@pytest.mark.parametrize("damage", ["short", "bit", "header", "other text"])
+def test_a_damaged_part_is_computed_again(model, tokenizer, tmp_path, caplog, damage):
     windows = window_text(tiny.documents("words", 6), tokenizer, length=48)
     first = cached(model, windows, tmp_path).states[:].clone()
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:500])
-    assert torch.equal(cached(model, windows, tmp_path).states[:], first)
-    assert "damaged and is computed again" in caplog.text
+    parts = sorted(tmp_path.glob("*/part-*"))
+    assert len(parts) > 5
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    content = bytearray(parts[2].read_bytes())
+    if damage == "short":
+        content = content[:500]
+    elif damage == "bit":
+        content[-37] ^= 4
+    elif damage == "header":
+        content = content.replace(b'"layers":"[]"', b'"layers":"[1]"', 1)
+    else:
+        content = parts[3].read_bytes()
+    parts[2].write_bytes(content)
+    steps = []
+    assert torch.equal(cached(model, windows, tmp_path, on_step=steps.append).states[:], first)
+    assert "part-00002" in caplog.text
+    assert "computed again" in caplog.text
+    # Only the damaged part was.
+    assert 0 < steps[-1]["total"] < 100
+    after = {part: part.stat().st_mtime_ns for part in parts}
+    assert [part for part in parts if after[part] != before[part]] == [parts[2]]
     caplog.clear()
     assert torch.equal(cached(model, windows, tmp_path).states[:], first)
     assert not caplog.text
+
+
+def test_states_without_a_folder_are_those_of_a_cache_and_leave_no_file(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    windows = window_text(tiny.documents("words", 6), tokenizer, length=48)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    steps = []
+
+    def look(step):
+        steps.append(step)
+        assert list((tmp_path / "temporary").iterdir()) == []
+
+    alone = read_states(model, windows, on_step=look)
+    assert steps[-1] == {"done": len(windows.input_ids), "total": len(windows.input_ids)}
+    assert list((tmp_path / "temporary").iterdir()) == []
+    kept = cached(model, windows, tmp_path / "kept")
+    assert torch.equal(alone.states, kept.states[:])
+    assert (alone.base, alone.layers) == (kept.base, kept.layers)
+
+
+def test_short_windows_are_not_padded_to_long_ones(model, tokenizer, tmp_path, monkeypatch):
+    windows = window_text(["a" * length for length in (64, 33, 60, 34, 64, 48)] * 2, tokenizer, length=64)
+    padded = []
+    backbone = model.backbone.forward
+
+    def watch(*args, **kwargs):
+        padded.append(kwargs["input_ids"].shape)
+        return backbone(*args, **kwargs)
+
+    monkeypatch.setattr(model.backbone, "forward", watch)
+    cache_states(model, windows, tmp_path / "states")
+    assert sum(shape.numel() for shape in padded) < 1.1 * len(windows.input_ids)
+    assert all(shape[0] <= 8 for shape in padded)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -70,13 +71,23 @@ def test_a_sample_at_its_bounds_is_read(delta, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "strengths", [[], [0.0, 1.0], [1.0, 0.5], [0.5, 0.5], [2.0], [float("nan")], ["1"], 1.0, [True], None]
+    "strengths", [[], [0.0, 1.0], [1.0, 0.5], [0.5, 0.5], [2.0], ["1"], 1.0, [True], None]
 )
 def test_strengths_out_of_bounds_are_refused(delta, tmp_path, strengths):
     path = delta.save(tmp_path / "a.delta").path
     rewritten(path, lambda described: described["record"].update(strengths=strengths))
     with pytest.raises(CheckpointError, match=r"strengths .* are no ascending numbers in \(0, 1\]"):
         Delta.load(path)
+
+
+def test_numbers_that_json_does_not_have_are_neither_written_nor_read(delta, tmp_path):
+    path = dataclasses.replace(delta, record={"multiplier": math.inf, "curve": [math.nan, 1.5]}).save(
+        tmp_path / "a.delta"
+    )
+    assert Delta.load(path.path).record == {"multiplier": None, "curve": [None, 1.5]}
+    rewritten(path.path, lambda described: described["record"].update(strengths=[math.nan]))
+    with pytest.raises(CheckpointError, match=r"a\.delta: .*NaN is no number"):
+        Delta.load(path.path)
 
 
 def test_a_record_that_is_no_mapping_is_refused(delta, tmp_path):

@@ -17,7 +17,7 @@ from tether.delta.gate import Gate
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.store.manifest import read_manifest
-from tether.store.publish import check_free
+from tether.store.place import check_free
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 

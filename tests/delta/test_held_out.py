@@ -6,8 +6,10 @@ import torch
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter_training import AdapterFit
-from tether.delta.cache import ShardedStates, cache_states, cached
+from tether.delta.cache import cache_states
 from tether.delta.held_out import hold_out, leave_out, sample_texts
+from tether.delta.sharded import ShardedStates
+from tether.delta.shards import cached
 from tether.delta.training import Fit
 from tether.delta.windows import reader, window_text
 from tether.errors import ConfigError

@@ -119,6 +119,42 @@ def test_under_softmax_gates_the_others_take_over_what_a_domain_leaves(model, to
         assert figures["domains"][name]["removal"] == pytest.approx(saved, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"gated": False}, {"gate": "softmax"}, {"gate": "one-class"}])
+def test_of_many_domains_each_is_accounted_for_beside_the_rest(model, tokenizer, options):
+    text = tiny.documents("words", 1)
+    deltas = {delta(model, f"d{row}", row, rank=2 + row % 3): (-1.0) ** row * 0.5 for row in range(10)}
+
+    def ledger(some):
+        return keep_ledger(fuse(model, some, by="sum", **options), tokenizer, text, window=48)
+
+    figures = ledger(deltas)
+    assert [*figures["interactions"]] == [f"d{row} + the rest" for row in range(10)]
+    for name in ("d0", "d7"):
+        rest = ledger({d: w for d, w in deltas.items() if d.name != name})["total"]["measured"]
+        row = figures["domains"][name]
+        assert row["removal"] == pytest.approx(figures["total"]["measured"] - rest, rel=1e-4, abs=1e-6)
+        beyond = figures["total"]["measured"] - rest - row["alone"]
+        assert figures["interactions"][f"{name} + the rest"] == pytest.approx(beyond, rel=1e-4, abs=1e-6)
+
+
+def test_the_ledger_of_fifty_domains_is_linear_in_their_number(model, tokenizer, monkeypatch):
+    text, computed = tiny.documents("words", 1), []
+    exact = drift
+
+    def counted(x, y):
+        computed[-1] += x.numel()
+        return exact(x, y)
+
+    monkeypatch.setattr("tether.delta.ledger.drift", counted)
+    for count in (10, 20, 50):
+        computed.append(0)
+        deltas = {delta(model, f"d{row}", row): 0.1 for row in range(count)}
+        keep_ledger(fuse(model, deltas, by="sum", gate="softmax"), tokenizer, text, window=48)
+    small, twice, large = computed
+    assert twice < 2.01 * small
+    assert large < 5.01 * small
+
+
 @pytest.mark.parametrize("chart", ["geodesic", "rootkl"])
 def test_second_coordinates_of_a_curved_chart_are_not_taken_for_locations(model, tokenizer, chart):
     # They move the scale too, so the bound has the constant of deltas that do; with 1 it was broken.

@@ -14,11 +14,11 @@ from tether.delta.adapter_learning import learn_adapter
 from tether.delta.adapter_serving import serve
 from tether.delta.adapter_training import AdapterFit
 from tether.delta.budget import Budget
-from tether.delta.cache import cached, hidden_states
+from tether.delta.cache import hidden_states
 from tether.delta.certificate import Certificate, certify, verify
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
-from tether.delta.shards import cache_shards, load_shards
+from tether.delta.shards import cache_shards, cached, load_shards
 from tether.delta.windows import reader, window_text
 from tether.store.documents import write_documents
 
@@ -74,7 +74,8 @@ def test_states_are_those_of_the_model_with_numbers(numeric, windows, tmp_path):
     assert torch.equal(first.windows.numeric_values, windows.numeric_values)
     parts = load_shards(cache_shards(numeric, windows, tmp_path / "parts", tokens=90))
     assert torch.equal(parts.windows.numeric_values, windows.numeric_values)
-    assert torch.equal(parts.states[:], first.states[:])
+    # A state depends in its last bits on what it was batched with.
+    assert_close(parts.states[:], first.states[:], rtol=1e-3, atol=1e-3)
     only = first.only(torch.tensor([2, 5]))
     assert torch.equal(
         only.windows.numeric_values,

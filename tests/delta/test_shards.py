@@ -8,13 +8,13 @@ from torch.testing import assert_close
 import tiny
 from processes import run_two
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.cache import cache_states, cached
+from tether.delta.cache import cache_states, load_states
 from tether.delta.learning import anchor_text, fit_delta
-from tether.delta.shards import cache_shards, cut, load_shards
+from tether.delta.shards import cache_shards, cached, cut, load_shards
 from tether.delta.source import Source
 from tether.delta.training import Fit
 from tether.delta.windows import window_text
-from tether.errors import CheckpointError, ConfigError
+from tether.errors import CheckpointError
 
 SCRIPT = """
 import sys
@@ -85,24 +85,63 @@ def test_a_stopped_caching_goes_on_with_the_missing_parts(model, tmp_path):
     assert_close(again.states.float(), whole.states.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_parts_of_another_size_or_base_are_refused(model, tmp_path):
-    windows = text()
-    cache_shards(model, windows, tmp_path / "parts", tokens=300)
-    # What is complete is used, whoever cut it: two processes cut smaller parts than one.
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    whole = load_shards(cache_shards(model, windows, tmp_path / "parts", tokens=400))
-    assert torch.equal(whole.windows.input_ids, windows.input_ids)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()} == before
+def test_parts_of_another_size_or_base_are_computed_again(model, tmp_path, caplog):
+    windows, folder = text(), tmp_path / "parts"
+    cache_shards(model, windows, folder, tokens=300)
+    before = {path.name for path in folder.iterdir()}
     other = CausalQwenForCausalLM.from_backbone(tiny.backbone(seed=5))
-    names = sorted((tmp_path / "parts").iterdir())
-    names[1].unlink()
-    with pytest.raises(ConfigError, match="begun with other parts"):
-        cache_shards(model, windows, tmp_path / "parts", tokens=400)
-    cache_shards(other, windows, tmp_path / "parts", tokens=300)
-    with pytest.raises(CheckpointError, match="several bases"):
-        load_shards(tmp_path / "parts")
+    for base, tokens in ((model, 400), (other, 400)):
+        cache_shards(base, windows, folder, tokens=tokens)
+        expected = cache_states(base, windows, tmp_path / "whole").states
+        assert_close(load_shards(folder).states.float(), expected.float(), rtol=1e-3, atol=1e-3)
+        assert "not a part of this text" in caplog.text
+        caplog.clear()
+    assert not before & {path.name for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match="no parts"):
         load_shards(tmp_path / "nothing")
+    next(folder.iterdir()).unlink()
+    with pytest.raises(CheckpointError, match="parts are there; run the caching again"):
+        load_shards(folder)
+
+
+def test_parts_of_several_bases_do_not_go_together(model, tmp_path):
+    windows = text()
+    other = CausalQwenForCausalLM.from_backbone(tiny.backbone(seed=5))
+    for base, name in ((model, "a"), (other, "b")):
+        cache_shards(base, windows, tmp_path / name, tokens=300)
+    first = sorted((tmp_path / "a").iterdir())[0]
+    first.write_bytes((tmp_path / "b" / first.name).read_bytes())
+    with pytest.raises(CheckpointError, match="several bases"):
+        load_shards(tmp_path / "a")
+
+
+@pytest.mark.parametrize("count", [12, 150])
+def test_whoever_is_stopped_loses_a_twentieth_at_most(model, tmp_path, count):
+    windows = text(count)
+    cache_shards(model, windows, tmp_path / "parts")
+    parts = list((tmp_path / "parts").iterdir())
+    # Parts are cut between windows, of 48 tokens here.
+    assert max(len(load_states(part).windows.input_ids) for part in parts) <= len(windows.input_ids) / 32 + 48
+    share = 0.9 * len(windows.input_ids)
+    said = []
+
+    def stop(step):
+        said.append(step["done"])
+        if step["done"] >= share:
+            raise KeyboardInterrupt
+
+    for part in parts:
+        part.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        cache_shards(model, windows, tmp_path / "parts", on_step=stop)
+    assert all(path.name.startswith("part-") for path in (tmp_path / "parts").iterdir())
+    left = []
+    cache_shards(model, windows, tmp_path / "parts", on_step=left.append)
+    # What was said to be done is done, but for the part in work.
+    lost = said[-1] - (len(windows.input_ids) - left[-1]["total"])
+    assert 0 <= lost <= len(windows.input_ids) / 32 + 48
+    assert lost == 0 or count == 150
+    assert left[-1]["total"] <= 0.15 * len(windows.input_ids)
 
 
 def test_a_fit_from_parts_is_the_fit_from_one_file(model, caches, tmp_path, monkeypatch):

@@ -1,9 +1,15 @@
+import tracemalloc
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
+from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.windows import window_text
 from tether.errors import ConfigError
+from tether.store.documents import read_documents
 
 
 def test_windows_hold_every_document_in_order_and_never_cross_one():
@@ -51,3 +57,68 @@ def test_text_shorter_than_a_context():
         window_text(["short text"], tiny.tokenizer(), length=256)
     with pytest.raises(ConfigError, match="tokenizer"):
         window_text(["text"], None, length=2)
+
+
+LONG = (
+    " ".join([*tiny.documents("words", 40), *tiny.documents("digits", 10)])
+    + " " * 700
+    + "\n\n".join(tiny.documents("words", 20, 1))
+    + "\u4e2d\u6587\u4e5f\u662f" * 400
+    + "-" * 3000
+    + " ".join(tiny.documents("digits", 20, 2))
+)
+
+
+def trained(kind):
+    if kind == "bytes":
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, initial_alphabet=alphabet, special_tokens=["<a>", "<e>"], show_progress=False
+        )
+    else:
+        core = Tokenizer(models.Unigram())
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=["<a>", "<e>", "<u>"], unk_token="<u>", show_progress=False
+        )
+    core.train_from_iterator((LONG[at : at + 500] for at in range(0, len(LONG), 500)), trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<a> $A <e>", special_tokens=[(name, core.token_to_id(name)) for name in ("<a>", "<e>")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "numbers"])
+def test_the_beginning_of_a_long_document_is_read_as_within_the_whole(kind):
+    if kind == "numbers":
+        model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+        tokenizer = model.add_numbers(tiny.tokenizer())
+    else:
+        tokenizer = trained(kind)
+    for begin in range(0, 3000, 371):
+        document = LONG[begin:] * 3
+        whole = window_text([document], tokenizer, length=16)
+        count = len(whole.input_ids)
+        for tokens in (1, 40, count // 7, count // 3):
+            part = window_text([document, document], tokenizer, length=16, tokens=tokens)
+            size = len(part.input_ids)
+            assert tokens <= size < tokens + 16
+            for name in ("input_ids", "numeric_values"):
+                read, expected = getattr(part, name), getattr(whole, name)
+                assert read is expected is None or torch.equal(read, expected[:size])
+            few = window_text([document, document], tokenizer, length=16, per_document=3)
+            assert torch.equal(few.input_ids, whole.input_ids[:48].repeat(2))
+
+
+def test_of_a_large_file_only_what_is_used_is_read(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 500_000)
+    documents = read_documents(path)
+    tracemalloc.start()
+    windows = window_text(documents, tiny.tokenizer(), length=64, tokens=640)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(windows.input_ids) == 640
+    assert peak < 2_000_000, peak  # the file has 22 MB

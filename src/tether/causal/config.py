@@ -52,6 +52,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _of_text(name: str) -> property:
+    def read(config: "CausalQwenConfig") -> Any:
+        return getattr(config.get_text_config(), name)
+
+    def write(config: "CausalQwenConfig", value: Any) -> None:
+        setattr(config.get_text_config(), name, value)
+
+    return property(read, write, doc=f"The backbone's {name}.")
+
+
 @strict
 class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     """Fields of a `CausalQwenForCausalLM`.
@@ -88,6 +98,12 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")
     }
 
+    # Trainers collect the logits of an evaluation, and not what else a forward pass gives.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
+        "past_key_values", "aux_loss", "router_logits", "class_loss", "value_loss", "value", "latent", "latent_loc",
+        "latent_log_scale", "value_loc", "value_scale", "gates", "gate_state", "log_weights",
+    ]  # fmt: skip
+
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     latent_size: int | None = None
     preset: str = "calibrated"
@@ -110,6 +126,18 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     base_fingerprint: str | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+
+    # What is asked of any causal LM's config lies in the backbone's; an attribute that it lacks is lacking here.
+    vocab_size = _of_text("vocab_size")
+    hidden_size = _of_text("hidden_size")
+    intermediate_size = _of_text("intermediate_size")
+    num_hidden_layers = _of_text("num_hidden_layers")
+    num_attention_heads = _of_text("num_attention_heads")
+    num_key_value_heads = _of_text("num_key_value_heads")
+    head_dim = _of_text("head_dim")
+    max_position_embeddings = _of_text("max_position_embeddings")
+    output_router_logits = _of_text("output_router_logits")
+    router_aux_loss_coef = _of_text("router_aux_loss_coef")
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -165,6 +193,28 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"a leash in metric 'softmax' on a base that caps its logits at {cap:g}: it walks back along a line of "
                 "logits, which capped ones do not follow; choose --leash-metric latent, or a base without a cap"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config from what a checkpoint's config.json holds.
+
+        Args:
+            config_dict: its content.
+            kwargs: as in transformers.
+
+        Returns:
+            The config, or what transformers returns with the options given.
+
+        Raises:
+            ConfigError: the config of another model, of which nothing would be taken.
+        """
+        kind = config_dict.get("model_type")
+        if kind not in (None, cls.model_type):
+            raise ConfigError(
+                f"a config of type {kind!r}: expected {cls.model_type!r}; wrap a plain causal LM with "
+                "CausalQwenForCausalLM.from_pretrained or from_backbone"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Give the config that cache and generation read layer counts from.

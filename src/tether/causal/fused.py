@@ -137,26 +137,29 @@ class Fusion(nn.Module):
         if not self.gated:
             return hidden_states.new_ones(len(self.domains), *mask.shape, dtype=torch.float32), None
         distance, opened, count, state = self._distances(hidden_states, mask, state)
-        return self._shared(distance, opened, count, list(range(len(self.domains)))), state
+        if self.gate != "softmax":
+            return opened, state
+        return gate_softmax(self._density(distance, count), opened), state
 
-    def gates_without(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Give the gates that would act if one of the domains were taken out.
+    def gates_without_largest(self, hidden_states: Tensor, mask: Tensor) -> Tensor | None:
+        """Give the gates that would act if the domain with the largest gate were taken out, in each context.
+
+        Where another one leaves, the gates of the rest grow in proportion: nothing has to be computed for that.
 
         Args:
             hidden_states: z, shape (B, T, H), as of `gates`.
             mask: which positions carry a token, shape (B, T), bool.
 
         Returns:
-            Factors of the weights when the first index is out, shape (N, N, B, T); 0 for itself.
+            Factors of the weights, shape (N, B, T), 0 for the one that left; None where a gate does not depend on
+            the others.
         """
-        count = len(self.domains)
-        found = torch.zeros(count, count, *mask.shape)
-        distances = self._distances(hidden_states, mask, None) if self.gated else None
-        for out in range(count):
-            left = [row for row in range(count) if row != out]
-            if left:
-                found[out, left] = 1.0 if distances is None else self._shared(*distances[:3], left)
-        return found
+        if not self.gated or self.gate != "softmax":
+            return None
+        distance, opened, count, _ = self._distances(hidden_states, mask, None)
+        density = self._density(distance, count)
+        largest = gate_softmax(density, opened).argmax(0, keepdim=True)
+        return gate_softmax(density, opened.scatter(0, largest, 0.0))
 
     # Squared distances, which gates are open, shape (N, B, T) each; tokens in each window, shape (B, T); the state.
     def _distances(
@@ -168,13 +171,9 @@ class Fusion(nn.Module):
         distance = gate_distance(mean, count, self.window, *statistics)
         return distance, gate_open(distance, count, self.gate_threshold.float()), count, state
 
-    # What gates of some domains let through when there are no others.
-    def _shared(self, distance: Tensor, opened: Tensor, count: Tensor, rows: list[int]) -> Tensor:
-        if self.gate != "softmax":
-            return opened[rows]
-        whitening, precision = self.gate_whitening[rows].float(), self.gate_precision[rows].float()
-        return gate_softmax(
-            gate_density(distance[rows], count, self.window, whitening, precision), opened[rows]
+    def _density(self, distance: Tensor, count: Tensor) -> Tensor:
+        return gate_density(
+            distance, count, self.window, self.gate_whitening.float(), self.gate_precision.float()
         )
 
     def forward(

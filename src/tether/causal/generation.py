@@ -15,60 +15,18 @@ from tether.causal.trail import Trail
 from tether.causal.warping import WARPERS, each_expert
 from tether.errors import ConfigError, ShapeError
 
-__all__ = ["CausalGeneration", "Trail", "text_mask", "text_positions"]
-
-
-def text_mask(attention_mask: Any, shape: tuple[int, int], past: int, device: Any) -> Tensor:
-    """Tell which positions carry a token.
-
-    Args:
-        attention_mask: shape (B, past + T); or, as fixed caches have it, what each position may attend to, shape
-            (B, 1, T, length), or several of these by kind of layer; or None.
-        shape: (B, T).
-        past: tokens seen before.
-        device: of the result.
-
-    Returns:
-        Shape (B, T), bool.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -shape[1] :].bool()
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
-        # Every token attends to itself, padding to nothing.
-        own = attention_mask[:, 0, :, past : past + shape[1]].diagonal(dim1=-2, dim2=-1)
-        if own.shape[1] == shape[1]:
-            return (own if own.dtype == torch.bool else own == 0).expand(shape)
-    return torch.ones(shape, dtype=torch.bool, device=device)
-
-
-def text_positions(
-    attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], past: int, device: Any
-) -> Tensor:
-    """Give the place of each token in its text, padding not counted.
-
-    Args:
-        attention_mask: shape (B, past + T), or None.
-        position_ids: shape (B, T), or None; taken as they are when given.
-        shape: (B, T).
-        past: tokens seen before.
-        device: of the result.
-
-    Returns:
-        Positions from 0, shape (B, T); 0 at padding on the left.
-    """
-    if position_ids is not None and position_ids.dim() == 2:
-        return position_ids.expand(shape)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
-    return torch.arange(past, past + shape[1], device=device).expand(shape)
+__all__ = ["CausalGeneration", "Trail"]
 
 
 def _to_the_left(mask: Tensor, *aligned: Tensor | None) -> list[Any]:
     # Generation goes on at the last column, so texts padded on the right are moved there.
     order = mask.long().argsort(dim=-1, stable=True)
-    return [None if tensor is None else tensor.gather(1, order) for tensor in (mask, *aligned)]
+    rows = torch.arange(len(mask), device=mask.device).unsqueeze(-1)
+    return [None if tensor is None else tensor[rows, order] for tensor in (mask, *aligned)]
+
+
+ALIGNED = ("inputs_embeds", "position_ids", "token_type_ids")
+"""Keyword arguments of transformers' models that lie along the text as its mask does."""
 
 
 REPLAYING = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
@@ -195,10 +153,21 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         mask = kwargs.get("attention_mask")
         if ids is not None and numeric_values is not None:
             self._check_numbers(ids, numeric_values)
-        if ids is not None and mask is not None and mask.shape == ids.shape and not bool(mask[:, -1].all()):
-            moved = _to_the_left(mask, ids, numeric_values, kwargs.get("position_ids"))
-            kwargs["attention_mask"], ids, numeric_values, places = moved
-            kwargs |= {} if places is None else {"position_ids": places}
+        embedded = ids is None or not ids.shape[1]
+        text = kwargs.get("inputs_embeds") if embedded else ids
+        whole = text is not None and mask is not None and mask.shape == text.shape[:2]
+        if mask is not None and whole and not bool(mask[:, -1].all()):
+            ids = None if embedded else ids
+            given = {name: kwargs.get(name) for name in ALIGNED}
+            lying = {
+                name: each
+                for name, each in given.items()
+                if each is not None and each.shape[:2] == mask.shape
+            }
+            kwargs["attention_mask"], ids, numeric_values, *moved = _to_the_left(
+                mask, ids, numeric_values, *lying.values()
+            )
+            kwargs |= dict(zip(lying, moved, strict=True))
         if mode == "causal":
             first = ids if ids is not None else kwargs.get("inputs_embeds")
             batch = 1 if first is None else len(first)

@@ -11,6 +11,7 @@ import torch
 
 from tether.errors import CheckpointError, ConfigError
 from tether.store.hashing import sha256_file
+from tether.store.hub import hub_copy
 from tether.store.publish import publish_folder
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Turn an alias or a GGUF file into the path of its converted weights; leave other paths and hub ids as they are.
+    """Turn an alias or a GGUF file into the path of its converted weights; leave other paths as they are.
+
+    A hub id stays one where the hub answers, and becomes the path of an earlier copy where it does not.
 
     The first use dequantises the file once (about 40 CPU seconds for 135M weights) and publishes plain safetensors in
     the cache folder. A file of the user's is known by the hash of its bytes, so it is read once for each use.
@@ -59,13 +62,14 @@ def resolve(name: str) -> str:
         A path or hub id that `from_pretrained` takes.
 
     Raises:
-        CheckpointError: the alias' package is not installed, or the file is missing or not readable as GGUF.
+        CheckpointError: the alias' package is not installed, the file is missing or not readable as GGUF, or the hub
+            cannot be reached and has not been read before.
     """
     packaged = ALIASES.get(name)
     if packaged is None and Path(name).suffix.lower() == ".gguf":
         return _resolve_file(Path(name), name)
     if packaged is None:
-        return name
+        return name if Path(name).exists() else _of_hub(name)
     spec = importlib.util.find_spec(packaged.package)
     source = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
     if source is None or not (source / packaged.file).is_file():
@@ -79,6 +83,15 @@ def resolve(name: str) -> str:
         logger.info("converting %s to %s, once", packaged.file, target)
         _convert_gguf(source, packaged.file, target, name)
     return str(target)
+
+
+def _of_hub(name: str) -> str:
+    try:
+        return hub_copy(name) or name
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; expected an alias ({', '.join(ALIASES)}), a checkpoint folder, a .gguf file, or such a hub id"
+        ) from error
 
 
 def _resolve_file(path: Path, name: str) -> str:
@@ -161,10 +174,10 @@ def load_backbone(
     Raises:
         CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
     """  # noqa: DOC502 - raised by what it calls
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = resolve(name)
     _check_local(path, name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = _from_pretrained(AutoTokenizer, path, name)
     model = _from_pretrained(AutoModelForCausalLM, path, name, dtype=dtype or "auto")
     return model.to(device).eval() if device else model.eval(), tokenizer

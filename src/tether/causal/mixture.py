@@ -14,7 +14,7 @@ from tether.causal.experts import Experts, Scores
 from tether.causal.fused import Fusion
 from tether.causal.gates import gate_density, gate_distance, gate_open
 from tether.causal.memory import Memory
-from tether.causal.sleeping import recent_mean, still_open
+from tether.causal.sleeping import recent_mean
 from tether.causal.walk import Reading, Walk
 from tether.errors import ConfigError
 
@@ -92,6 +92,8 @@ class Mixture(Fusion):
         self.rows = tuple(slice(at, at + len(each)) for at, each in zip(first, self.strengths, strict=True))
         # How many positions before its own a gate looks at.
         self.reach = max(self.window - 1, 1) if self.gated else 1
+        # Where nobody sleeps, gates are open wherever there is a token.
+        self.hold = self.rule.hold if self.gated else 0
         # Of one domain the gates' choice would say what the domain says.
         self.chooses = self.gated and self.rule.choice and len(self.domains) > 1
 
@@ -134,20 +136,17 @@ class Mixture(Fusion):
             return opened, opened.new_zeros(opened.shape, dtype=torch.float32)
         return opened, gate_density(distance, count, self.window, whitening, precision).movedim(0, -1)
 
-    def awake(self, opened: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None) -> Tensor:
+    def awake(self, since: Tensor, mask: Tensor) -> Tensor:
         """Tell which domains take part: those whose gate is open, or was a short while ago in the same text.
 
         Args:
-            opened: from `look`, shape (B, T, N), bool.
+            since: tokens since each gate was open, from `since_open`, shape (B, T, N).
             mask: which positions carry a token, shape (B, T), bool.
-            places: place of each token in its text, shape (B, T).
-            before: the same of the positions before, shape (B, P, N).
 
         Returns:
             Shape (B, T, N), bool.
         """
-        found = still_open(opened, places, self.rule.hold if self.gated else 0, before)
-        return found & mask.unsqueeze(-1)
+        return (since <= self.hold) & mask.unsqueeze(-1)
 
     def _choice(self, awake: Tensor, density: Tensor) -> Tensor:
         # Strengths of one domain share what its gate says of it.

@@ -6,25 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
-from tether.cauchy.functional import from_noise
-from tether.causal.acting import act
 from tether.causal.action import Action
+from tether.causal.balance import balance_of
 from tether.causal.config import MODES, CausalQwenConfig
+from tether.causal.contract import TransformersContract
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
 from tether.causal.fingerprint import Fingerprinted
-from tether.causal.fused import FusedLatent
-from tether.causal.generation import CausalGeneration, text_mask, text_positions
+from tether.causal.generation import CausalGeneration
 from tether.causal.layers import Abduction, NumericEmbedding
 from tether.causal.memory import attach
 from tether.causal.mixture import Mixture
-from tether.causal.noise import Noise, truncate
+from tether.causal.noise import Noise
 from tether.causal.numbers import NumericTokenizer
-from tether.causal.objective import CausalObjective
 from tether.causal.output import CausalOutput
 from tether.causal.placeholder import check_numeric
+from tether.causal.positions import served_positions, text_mask, text_positions
 from tether.causal.routed import make_fusion
+from tether.causal.serving import CausalServing
 from tether.causal.vocabulary import add_numbers
 from tether.causal.walk import Reading
 from tether.causal.wrapping import make_head, wrap_backbone
@@ -34,9 +36,10 @@ __all__ = ["CausalOutput", "CausalQwenForCausalLM"]
 
 
 class CausalQwenForCausalLM(
+    TransformersContract,
     Fingerprinted,
     CausalGeneration,
-    CausalObjective,
+    CausalServing,
     PreTrainedModel,  # type: ignore[misc]
     GenerationMixin,  # type: ignore[misc]
 ):
@@ -139,36 +142,7 @@ class CausalQwenForCausalLM(
         embedding: nn.Module = self.backbone.get_input_embeddings()
         return embedding
 
-    def latent(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor,
-        gate_state: Tensor | None = None,
-        kept: slice = slice(None),
-        *,
-        keep_scores: bool = False,
-    ) -> FusedLatent | tuple[Tensor, Tensor, None, None, None, None]:
-        """Infer the law of U from hidden states, fusion and leash included.
-
-        Args:
-            hidden_states: z, shape (B, T, H), followed by what the deltas read of other layers.
-            mask: which positions carry a token, shape (B, T), bool.
-            gate_state: what the gates remember of the text before.
-            kept: positions whose law is wanted.
-            keep_scores: whether scores that a leash computes are wanted.
-
-        Returns:
-            See `FusedLatent`; without a fusion loc and log scale of U, shape (B, K, C) each, and four None.
-        """
-        loc, log_scale = self.abduction(hidden_states[..., : self.abduction.loc.in_features])
-        if self.fusion is None:
-            return loc[:, kept], log_scale[:, kept], None, None, None, None
-        head = self.action.weight, self.action.bias
-        moved: FusedLatent = self.fusion(
-            hidden_states, loc, log_scale, mask, gate_state, kept=kept, head=head, keep_scores=keep_scores
-        )
-        return moved
-
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -178,9 +152,9 @@ class CausalQwenForCausalLM(
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         numeric_values: Tensor | None = None,
-        value_labels: Tensor | None = None,
+        target_values: Tensor | None = None,
         mode: str = "softmax",
         noise: Noise | Tensor | None = None,
         truncation: float = 0.0,
@@ -189,6 +163,7 @@ class CausalQwenForCausalLM(
         written_from: int | None = None,
         warp: Callable[[Tensor], Tensor] | None = None,
         output_weights: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalOutput:
         """Run the model.
@@ -201,9 +176,10 @@ class CausalQwenForCausalLM(
             inputs_embeds: embeddings instead of ids, shape (B, T, H).
             labels: next-token targets, shape (B, T), aligned with input_ids (shifted inside), -100 ignored.
             use_cache: return the cache.
-            logits_to_keep: compute scores for this many last positions only; 0 for all.
+            logits_to_keep: compute scores for this many last positions only, 0 for all; or for these positions,
+                shape (K,) or (B, K). Labels are then scored there only.
             numeric_values: the number at each `<NUM>`, 0 elsewhere, shape (B, T).
-            value_labels: numbers that labels which are `<NUM>` should have, shape (B, T), aligned with labels;
+            target_values: numbers that labels which are `<NUM>` should have, shape (B, T), aligned with labels;
                 None takes `numeric_values`.
             mode: `softmax`, `deterministic` or `causal`.
             noise: who acts, mode `causal` only; see `generate`.
@@ -215,10 +191,14 @@ class CausalQwenForCausalLM(
             warp: made to the scores of each expert of a fusion by evidence before they are mixed; see `generate`.
             output_weights: return the weights of the experts. They are likelihood ratios, and tell whether a text
                 was learnt from.
-            kwargs: passed to the backbone.
+            num_items_in_batch: how many tokens are scored in the whole step that this call is a part of. The mean
+                losses of this call are then multiplied by its share of them, so that the losses of a step's parts add
+                up to the step's, as with transformers' own models.
+            kwargs: passed to the backbone, but `shift_labels`: next-token targets that are shifted already, shape
+                (B, T), read in place of `labels` where both are given.
 
         Returns:
-            See `CausalOutput`.
+            See `CausalOutput`; with `return_dict=False` a tuple of what there is of it, in its order.
 
         Raises:
             ConfigError: unknown mode, noise outside mode `causal`, numbers where there is no `<NUM>`, or a cache
@@ -232,7 +212,7 @@ class CausalQwenForCausalLM(
                 f"noise or truncation with mode={mode!r}: only mode 'causal' samples U; leave them out"
             )
         self._check_gates_know(past_key_values, gate_state)
-        kwargs.pop("return_dict", None)
+        shift_labels = kwargs.pop("shift_labels", None)
         layers = () if self.fusion is None else self.fusion.layers
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if layers:
@@ -253,91 +233,42 @@ class CausalQwenForCausalLM(
             **kwargs,
         )
         hidden_states = join_features(outputs.last_hidden_state, outputs.hidden_states, layers)
-        hidden_states_kept = outputs.hidden_states if asked or not layers else None
         shape, device = (hidden_states.shape[0], hidden_states.shape[1]), hidden_states.device
         mask = text_mask(attention_mask, shape, past, device)
-        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         places = text_positions(attention_mask, position_ids, shape, past, device)
-        losses: tuple[Tensor | None, ...] = (None, None, None)
+        served = served_positions(logits_to_keep, shape[1])
+        wanted = self._wanted(served, labels, shift_labels, numeric_values, target_values, num_items_in_batch)
+        called: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids
+        }  # fmt: skip
+        number = self.config.num_token_id
+        reading = Reading(hidden_states, mask, places, ids, numeric_values, number, written_from, called)
+        asked_for: dict[str, Any] = {
+            "mode": mode, "noise": noise, "truncation": truncation, "return_logits": return_logits, "wanted": wanted
+        }  # fmt: skip
         if isinstance(self.fusion, Mixture):
             cache = outputs.past_key_values
             memory = None if cache is None else attach(cache, self.fusion.remembers)
             self._check_known(memory, past)
-            called: dict[str, Any] = {
-                "inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids
-            }  # fmt: skip
-            reading = Reading(
-                hidden_states,
-                mask,
-                places,
-                ids,
-                numeric_values,
-                self.config.num_token_id,
-                written_from,
-                called,
+            fields = self._serve_mixture(
+                reading, served, memory, warp=warp, output_weights=output_weights, **asked_for
             )
-            acted = act(
-                self, reading, memory, kept=max(0, shape[1] - logits_to_keep) if logits_to_keep else 0, mode=mode,
-                noise=self._noise_for(noise, shape[0]) if mode == "causal" else None, truncation=truncation, warp=warp,
-            )  # fmt: skip
-            if labels is not None:
-                losses = self._losses_of_mixture(mode, acted.logits, labels[:, kept])
-            return CausalOutput(
-                loss=losses[0],
-                class_loss=losses[1],
-                value_loss=losses[2],
-                logits=acted.logits if return_logits else None,
-                value=self.action.number(acted.value),
-                latent=acted.latent,
-                past_key_values=cache,
-                latent_loc=acted.loc,
-                latent_log_scale=acted.log_scale,
-                value_loc=acted.value_loc,
-                value_scale=acted.value_scale,
-                gates=acted.awake,
-                log_weights=acted.log_weights if output_weights else None,
-                hidden_states=hidden_states_kept,
-                attentions=outputs.attentions,
-            )
-        # Scores that hold to a leash are the ones to serve, with and without gradients.
-        serve = mode == "softmax" and return_logits
-        loc, log_scale, _, scores, gates, gate_state = self.latent(
-            hidden_states, mask, gate_state, kept, keep_scores=serve
+        else:
+            fields = self._serve(reading, served, gate_state=gate_state, **asked_for)
+        router_logits = getattr(outputs, "router_logits", None)
+        text = self.config.get_text_config(decoder=True)
+        balance = balance_of(
+            self.backbone, text, router_logits, kwargs.get("output_router_logits"), attention_mask
         )
-        scale = log_scale.exp()
-        value_loc, value_scale = self.action.values(loc, scale)
-        latent, number = None, value_loc
-        if mode == "causal":
-            drawn = self._noise_for(noise, shape[0]).at(places[:, kept])
-            latent = from_noise(truncate(drawn, truncation), loc, scale).float()
-            number = self.action.values(latent, scale)[0]
-        logits = scores
-        if logits is None and return_logits:
-            logits = self._logits(mode, loc, scale, latent)
-        elif logits is not None and torch.is_grad_enabled():
-            # Gradients go through the scores of the moved law; rounding may part them from those that were checked.
-            moved = self._logits(mode, loc, scale, latent)
-            logits = logits.detach() + (moved - moved.detach())
-        if labels is not None:
-            values = numeric_values if value_labels is None else value_labels
-            values = None if values is None else values[:, kept]
-            losses = self._losses(mode, loc, scale, logits, labels[:, kept], values)
+        if balance is not None:
+            fields |= {"aux_loss": balance.aux_loss, "router_logits": router_logits}
+            if labels is not None:
+                fields["loss"] = fields["loss"] + balance.weight * balance.aux_loss.to(fields["loss"].device)
         return CausalOutput(
-            loss=losses[0],
-            class_loss=losses[1],
-            value_loss=losses[2],
-            logits=logits,
-            value=self.action.number(number),
-            latent=latent,
             past_key_values=outputs.past_key_values,
-            latent_loc=loc,
-            latent_log_scale=log_scale,
-            value_loc=value_loc,
-            value_scale=value_scale,
-            gates=gates,
-            gate_state=gate_state,
-            hidden_states=hidden_states_kept,
+            hidden_states=outputs.hidden_states if asked or not layers else None,
             attentions=outputs.attentions,
+            **fields,
         )
 
     def embed(self, input_ids: Tensor | None, numeric_values: Tensor) -> Tensor:
@@ -371,19 +302,6 @@ class CausalQwenForCausalLM(
             )
         check_numeric(input_ids, numeric_values, -1 if number is None else number)
 
-    def _logits(self, mode: str, loc: Tensor, scale: Tensor, latent: Tensor | None) -> Tensor:
-        if mode == "deterministic":
-            logits: Tensor = self.action.log_prob(loc, scale)
-            return logits
-        if latent is None:
-            served: Tensor = self.action.score_loc(loc)
-            return served
-        scores: Tensor = self.action.linear_scores(latent)
-        # A threshold that all classes share does not change who wins.
-        if self.config.threshold_form == "class":
-            scores = scores - self.action.threshold
-        return scores
-
     def add_numbers(self, tokenizer: Any) -> "NumericTokenizer":
         """Let the model read and write numbers; does nothing to a model that already does.
 
@@ -412,3 +330,5 @@ class CausalQwenForCausalLM(
 
 
 AutoModelForCausalLM.register(CausalQwenConfig, CausalQwenForCausalLM, exist_ok=True)
+# Where labels are smoothed, Trainer shifts them only for the causal LMs that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CausalQwenConfig.model_type] = CausalQwenForCausalLM.__name__

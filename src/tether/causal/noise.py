@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from tether.errors import CheckpointError, ConfigError, ShapeError
+from tether.reading import Strict, checked, parse_json
 
 __all__ = ["Noise", "truncate"]
 
+LARGEST = 2**24
+"""Dimensions of U at most in a file."""
 SMALLEST = 2.0**-24
 """Uniform numbers are kept this far from 0 and 1, where the Cauchy quantile is infinite; float32 names no
 number nearer to 1."""
@@ -65,6 +69,13 @@ def truncate(noise: Float[Tensor, "*batch"], density: float) -> Float[Tensor, "*
         return noise
     half = math.atan(math.sqrt(1 / density - 1)) / math.pi
     return 0.5 + (noise - 0.5) * (2 * half)
+
+
+class _About(Strict):
+    """What the header of a file of noise says."""
+
+    size: int = Field(ge=1, le=LARGEST)
+    shared: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -336,11 +347,21 @@ class Noise:
             raise CheckpointError(
                 f"{path}: expected noise written by Noise.save, found {about.get('kind', 'another file')}"
             )
-        known = reader.tensor("known") if "known" in reader.names else None
-        return cls(
-            seeds=reader.tensor("seeds"),
-            size=int(about["size"]),
-            shared=json.loads(about["shared"]),
-            known=known,
-            known_speaker=reader.tensor("speaker") if "speaker" in reader.names else None,
-        )
+        said = {key: value for key, value in about.items() if key not in ("kind", "format")}
+        read = {key: parse_json(value, f"{path}: {key}") for key, value in said.items()}
+        fields = checked(_About, read, path)
+        if wrong := set(reader.names) - {"seeds", "known", "speaker"} or {"seeds"} - set(reader.names):
+            raise CheckpointError(
+                f"{path}: {', '.join(map(ascii, sorted(wrong)))}: expected seeds, and known and speaker or neither; "
+                "take another copy"
+            )
+        try:
+            return cls(
+                seeds=reader.tensor("seeds"),
+                size=fields.size,
+                shared=fields.shared,
+                known=reader.tensor("known") if "known" in reader.names else None,
+                known_speaker=reader.tensor("speaker") if "speaker" in reader.names else None,
+            )
+        except (ConfigError, ShapeError) as error:
+            raise CheckpointError(f"{path}: damaged, {error}; take another copy") from error

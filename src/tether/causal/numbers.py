@@ -124,8 +124,8 @@ class NumericTokenizer:
             a batch of 1 for one text; as lists, one list of T for one text or B lists.
 
         Raises:
-            ConfigError: a text is not a string or holds a number beyond `LIMIT`; padding without a padding
-                token; unknown `return_tensors`; an empty batch.
+            ConfigError: a text is not a string; padding without a padding token; unknown `return_tensors`; an
+                empty batch.
             ShapeError: tensors were asked for, and the texts differ in length.
         """  # noqa: DOC502 - raised by what it calls
         texts = [text] if isinstance(text, str) else list(text)

@@ -16,7 +16,7 @@ What counts as a number is decided here and nowhere else:
 - Only ASCII digits are digits. Fullwidth, Arabic-Indic, superscript and other digits are text, and so is
   what they are glued to. Scripts written without spaces (Chinese, Japanese, Korean, Thai) do not glue:
   `价格5元` holds 5.
-- nan and inf are words. A number beyond `LIMIT` is an error and not a word, since its digits would be lost.
+- nan and inf are words. So is a number beyond `LIMIT`: its digits stay as they are written, and nothing is lost.
 """
 
 import math
@@ -28,7 +28,7 @@ from tether.errors import ConfigError
 __all__ = ["LIMIT", "Numeral", "find_numbers", "format_number"]
 
 LIMIT = 1e30
-"""Largest size of a number in a text or of a generated value."""
+"""Largest size of a number: what is larger in a text is text, and no larger value is generated."""
 
 _MINUS = "\u2212"
 
@@ -84,18 +84,13 @@ def _is_unit(whole: str, glued: str) -> bool:
     return glued.rstrip("²³").isalpha()
 
 
-def _numeral(text: str, start: int, end: int) -> Numeral:
+# The number at a place where one is written, or nothing where its size is beyond `LIMIT`.
+def _numeral(text: str, start: int, end: int) -> list[Numeral]:
     if start and _SIGN.match(text, start - 1):
         start -= 1
     surface = text[start:end]
     value = float(surface.replace(",", "").replace(_MINUS, "-"))
-    if abs(value) > LIMIT:
-        shown = surface if len(surface) <= 40 else f"{surface[:30]}... ({len(surface)} characters)"
-        raise ConfigError(
-            f"number {shown} at offset {start}: its size is beyond {LIMIT:g}; expected at most {LIMIT:g}; "
-            "rescale it, or write it so that it is text (for example with a letter before it)"
-        )
-    return Numeral(start, end, value, surface)
+    return [Numeral(start, end, value, surface)] if abs(value) <= LIMIT else []
 
 
 def find_numbers(text: str) -> list[Numeral]:
@@ -109,14 +104,11 @@ def find_numbers(text: str) -> list[Numeral]:
     Returns:
         The numbers in the order of the text, not overlapping. Values below the smallest float64 are 0.
 
-    Raises:
-        ConfigError: a number is larger than `LIMIT` in size.
-
     Example:
         >>> [number.value for number in find_numbers("From -3.5 to 1,200kg, 10-20% since 2024-01-05.")]
         [-3.5, 1200.0, 10.0, 20.0]
-    """  # noqa: DOC502 - raised by what it calls
-    found = []
+    """
+    found: list[Numeral] = []
     position = 0
     while match := _CANDIDATE.search(text, position):
         position = match.end()
@@ -127,11 +119,11 @@ def find_numbers(text: str) -> list[Numeral]:
             # A list: all but its last item are complete; the last is looked at again, with what follows it.
             for item in whole.split(",")[:-1]:
                 if not _LEADING_ZERO.match(item):
-                    found.append(_numeral(text, start, start + len(item)))
+                    found += _numeral(text, start, start + len(item))
                 start += len(item) + 1
             position = start
         elif _is_unit(whole + match["rest"], match["glued"]) and not _LEADING_ZERO.match(whole):
-            found.append(_numeral(text, start, match.start("glued")))
+            found += _numeral(text, start, match.start("glued"))
     return found
 
 

@@ -38,7 +38,7 @@ def holds_pairs(path: str | Path) -> bool:
         first = next((line for line in file if line.strip()), b"")
     try:
         row = json.loads(first.removeprefix(codecs.BOM_UTF8))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and "prompt" in row and "text" not in row
 
@@ -68,7 +68,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
             row = json.loads(line)
             pair = Pair("" + row["prompt"], "" + row["completion"])  # a number is no text
             "".join(pair).encode()  # half a character (a lone surrogate) is none either
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f'{path}, line {number}: expected a JSON object with texts "prompt" and "completion", as in the '
                 f"first line; got {line[:60]!r}"

@@ -70,8 +70,8 @@ def load_state(
             "and options of that training, or choose another folder."
         )
     try:
-        state: dict[str, Any] = json.loads((folder / _STATE).read_bytes())
-    except (OSError, ValueError) as error:
+        state: dict[str, Any] = {**json.loads((folder / _STATE).read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / _STATE} cannot be read ({error}); choose another folder to train anew"
         ) from error

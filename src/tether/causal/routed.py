@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.causal.description import check_description
 from tether.causal.fused import Fusion
 from tether.causal.gates import window_mean
 from tether.causal.mixture import Mixture
@@ -107,18 +108,13 @@ class RoutedFusion(Fusion):
             shares = shares * super().gates(hidden_states, mask, state)[0]
         return shares * (count > 0), after
 
-    def gates_without(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Give the shares if one of the domains were taken out; the router is not taught again.
+    def gates_without_largest(self, hidden_states: Tensor, mask: Tensor) -> None:
+        """Give nothing: the router is not taught again when a domain leaves, so that the other shares stay.
 
         Args:
-            hidden_states: z, shape (B, T, H), as of `gates`.
-            mask: which positions carry a token, shape (B, T), bool.
-
-        Returns:
-            Shares when the first index is out, shape (N, N, B, T); 0 for itself.
+            hidden_states: not used.
+            mask: not used.
         """
-        others = 1 - torch.eye(len(self.domains), device=hidden_states.device)
-        return others[:, :, None, None] * self.gates(hidden_states, mask)[0]
 
 
 def make_fusion(hidden_size: int, latent_size: int, description: dict[str, Any]) -> Fusion:
@@ -131,7 +127,11 @@ def make_fusion(hidden_size: int, latent_size: int, description: dict[str, Any])
 
     Returns:
         The fusion, its tensors zero.
-    """
+
+    Raises:
+        ConfigError: the description has missing, unknown or wrong fields.
+    """  # noqa: DOC502 - raised by check_description
+    check_description(description)
     if description.get("by") == "evidence":
         return Mixture(hidden_size, latent_size, description)
     kind = RoutedFusion if description.get("router") else Fusion

@@ -7,7 +7,10 @@ into calls.
 import torch
 from torch import Tensor
 
-__all__ = ["recent_mean", "still_open"]
+__all__ = ["NEVER", "recent_mean", "since_open"]
+
+NEVER = 2**30
+"""Tokens since a gate was open that never was."""
 
 
 def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | None = None) -> Tensor:
@@ -41,27 +44,45 @@ def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | No
     return total / count
 
 
-def still_open(opened: Tensor, places: Tensor, hold: int, before: Tensor | None = None) -> Tensor:
-    """Tell which gates are open, or were a short while ago in the same text.
+def since_open(
+    opened: Tensor,
+    mask: Tensor,
+    places: Tensor,
+    before: Tensor | None = None,
+    *,
+    hold: int = 0,
+    written: int | None = None,
+) -> Tensor:
+    """Count the tokens since each gate was open in the same text.
 
     A gate that closes for a few tokens in the middle of its domain would put the expert to sleep that has just earned
-    its weight (docs/log.md).
+    its weight (docs/log.md); so who is awake is decided by this count. On text that the model writes itself, a gate
+    that is open, or was within `hold` tokens, counts as open from there on: the gates judge text that came, and
+    would give up what the model writes to the base a little at a time.
 
     Args:
         opened: which gates are open, shape (B, T, N), bool.
+        mask: which positions carry a token, shape (B, T), bool; others are not counted.
         places: place of each token in its text, from 0, shape (B, T).
-        hold: for how many tokens more a gate counts as open, >= 0.
-        before: the same as `opened` of the positions before, shape (B, P, N), of which `hold` are of use.
+        before: what this returned for the positions before, of which the last is of use, shape (B, P, N).
+        hold: for how many tokens more a gate counts as open, >= 0; with 0 nothing is different in written text.
+        written: first position here that the model wrote itself, <= 0 where it was before; None where all are given.
 
     Returns:
-        Shape (B, T, N), bool.
+        Tokens since, shape (B, T, N), int32: 0 where open, `NEVER` where it was not open in this text.
     """
-    if not hold:
-        return opened
-    past = 0 if before is None else min(before.shape[1], hold)
-    if before is not None and past:
-        opened = torch.cat([before[:, -past:], opened], dim=1)
-    at = torch.arange(opened.shape[1], device=opened.device).view(1, -1, 1)
-    last = torch.where(opened, at, -opened.shape[1] - hold).cummax(1).values
-    since: Tensor = (at - last)[:, past:]
-    return since <= places.clamp(0, hold).unsqueeze(-1)
+    count = mask.int().cumsum(1)
+    at = count.unsqueeze(-1)
+    last = torch.where(opened, at, -NEVER).cummax(1).values
+    if before is not None and before.shape[1]:
+        last = torch.maximum(last, -before[:, -1:].to(last))
+    start = torch.where((places == 0) & mask, count, 1 - NEVER).cummax(1).values.unsqueeze(-1)
+    since = torch.where(last >= start, at - last, NEVER).clamp(max=NEVER)
+    if hold and written is not None and written < since.shape[1]:
+        first = max(written, 0)
+        held, at_held = (before, 0) if first == 0 else (since[:, :first], at[:, first - 1 : first])
+        counted = torch.where(opened[:, first:], at[:, first:], -NEVER).cummax(1).values
+        if held is not None and held.shape[1]:
+            counted = torch.maximum(counted, torch.where(held[:, -1:] <= hold, at_held, -NEVER))
+        since[:, first:] = torch.where(counted >= start[:, first:], 0, since[:, first:])
+    return since.int()

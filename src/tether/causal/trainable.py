@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tether.causal.dataset import count_labels
 from tether.causal.losses import IGNORE, ovr_loss
-from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.modeling import CausalOutput, CausalQwenForCausalLM
 from tether.errors import ConfigError
 
 __all__ = ["Objective", "TrainOptions", "half_backbone", "parameter_groups", "select"]
@@ -263,16 +263,20 @@ class Objective(nn.Module):
             out = self.model(**batch, mode=self.mode, use_cache=False, return_logits=False)
             class_loss, value_loss = out.class_loss, out.value_loss
         else:
-            class_loss, value_loss = self._sampled(batch)
+            out, class_loss, value_loss = self._sampled(batch)
         own, numeric = count_labels(batch["labels"], self.model.config.num_token_id)
         class_share = class_loss * (own / max(labels, 1))
+        total = class_share
+        if out.aux_loss is not None:
+            # Routing of a mixture-of-experts backbone, where its config asks for it: a mean over tokens.
+            total = total + self.model.config.router_aux_loss_coef * out.aux_loss * (own / max(labels, 1))
         if value_loss is None:
-            return class_share, torch.stack([class_share.detach(), class_share.new_zeros(())])
+            return total, torch.stack([class_share.detach(), class_share.new_zeros(())])
         value_share = value_loss * (numeric / max(numbers, 1))
-        total = class_share + self.model.config.value_loss_weight * value_share
+        total = total + self.model.config.value_loss_weight * value_share
         return total, torch.stack([class_share.detach(), value_share.detach()])
 
-    def _sampled(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _sampled(self, batch: dict[str, Tensor]) -> tuple[CausalOutput, Tensor, Tensor | None]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         out = self.model(**inputs, use_cache=False, return_logits=False)
         targets = batch["labels"][:, 1:]
@@ -292,7 +296,7 @@ class Objective(nn.Module):
             samples=self.samples or 2,
         )
         if "numeric_values" not in batch:
-            return class_loss, None
+            return out, class_loss, None
         here = targets == self.model.config.num_token_id
         values = batch["numeric_values"][:, 1:][kept][here]
-        return class_loss, self.model._value_loss(self.mode, loc[here], scale[here], values)
+        return out, class_loss, self.model._value_loss(self.mode, loc[here], scale[here], values)

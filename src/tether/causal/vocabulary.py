@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.causal.numbers import NumericTokenizer
+from tether.causal.resizing import set_classes
 from tether.errors import ConfigError
 
 __all__ = ["ASLEEP", "add_numbers", "wake_numbers"]
@@ -57,6 +58,7 @@ def add_numbers(model: Any, tokenizer: Any) -> NumericTokenizer:
 
 def _grow(model: Any, digits: Tensor) -> None:
     embedding, action = model.get_input_embeddings(), model.action
+    before = len(action.weight)
     tied = action.weight is embedding.weight
 
     def longer(weight: Tensor) -> nn.Parameter:
@@ -65,24 +67,13 @@ def _grow(model: Any, digits: Tensor) -> None:
 
     embedding.weight = longer(embedding.weight)
     embedding.num_embeddings = len(embedding.weight)
-    action.weight = embedding.weight if tied else longer(action.weight)
-    count = len(action.weight)
-    bias = torch.zeros(count, dtype=action.weight.dtype, device=action.weight.device)
-    if action.bias is not None:
-        bias[:-1] = action.bias
-    bias[-1] = ASLEEP
-    action.bias = nn.Parameter(bias)
-    added = {"threshold": action.threshold.mean()}
-    if len(action.class_noise) > 1:
-        # The new class gets the size of scale_S that the others have.
-        own = action.weight.float().abs().sum(-1) * model.config.latent_scale
-        size = (own[:-1] + action.class_noise).median()
-        added["class_noise"] = (size - own[-1]).clamp(min=0)
-    for name, value in added.items():
-        values = getattr(action, name)
-        if len(values) > 1:
-            more = torch.cat([values.detach(), value.reshape(1)])
-            setattr(action, name, nn.Parameter(more, requires_grad=values.requires_grad))
+    weight = embedding.weight if tied else longer(action.weight)
+    if action.bias is None:
+        bias = torch.zeros(len(action.weight), dtype=weight.dtype, device=weight.device)
+        action.bias = nn.Parameter(bias)
+    set_classes(action, weight, before, model.config.latent_scale)
+    action.bias[-1] = ASLEEP
+    count = len(weight)
     model.config.class_bias = True
     model.config.get_text_config(decoder=True).vocab_size = model.vocab_size = count
 

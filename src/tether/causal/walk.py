@@ -9,6 +9,7 @@ from torch import Tensor
 from tether.causal import evidence
 from tether.causal.experts import Experts, Scores
 from tether.causal.memory import Memory
+from tether.causal.sleeping import since_open
 
 __all__ = ["PROMPT", "Reading", "Walk"]
 
@@ -56,7 +57,7 @@ class Walk:
 
     Attributes:
         begin_at: first position of this call whose law is needed, for itself or for the token after it.
-        opened: whose gates are open, shape (B, T, N), bool.
+        since: tokens since each domain's gate was open, shape (B, T, N).
         density: log density that each gate gives to the context, shape (B, T, N).
         domains: which domains take part, shape (B, T, N), bool; none before `begin_at`.
         states: log weights after each token, shape (B, T, J, K), as far as they are known.
@@ -78,8 +79,17 @@ class Walk:
         first = int(self.scored.any(0).int().argmax()) if bool(self.scored.any()) else length
         self.begin_at = min(kept, max(first - 1, 0) if first < length else length)
         before = self.held["features"][:, -mixture.reach :] if self.held else None
-        self.opened, self.density = mixture.look(reading.features, reading.mask, reading.places, before)
-        self.domains = mixture.awake(self.opened, reading.mask, reading.places, self.held.get("opened"))
+        opened, self.density = mixture.look(reading.features, reading.mask, reading.places, before)
+        self.written = None if reading.written is None else max(reading.written - self.past, 0)
+        self.since = since_open(
+            opened,
+            reading.mask,
+            reading.places,
+            self.held.get("since"),
+            hold=mixture.hold,
+            written=self.written,
+        )
+        self.domains = mixture.awake(self.since, reading.mask)
         # Nobody asks for the law of the positions before.
         self.domains[:, : self.begin_at] = False
         voters = len(self.log_prior)
@@ -90,7 +100,6 @@ class Walk:
         self.excess = torch.zeros(batch, length, experts, device=device)
         self.states = torch.zeros(batch, length, restarts, voters, dtype=torch.float64, device=device)
         self.towards: Tensor | None = None
-        self.written = None if reading.written is None else max(reading.written - self.past, 0)
         if self.held:
             self.last = self.held["state"][:, -1]
             if reading.written is not None and 0 < reading.written <= self.past:
@@ -128,9 +137,7 @@ class Walk:
         domains = torch.stack([held["awake"][:, rows].any(-1) for rows in mixture.rows], dim=-1)
         if not known:
             # Nobody asked for that law then.
-            places = (self.reading.places[:, :1] - 1).clamp(min=0)
-            opened, mask = self.held["opened"], self.held["mask"]
-            domains = mixture.awake(opened[:, -1:], mask[:, -1:], places, opened[:, :-1])[:, 0]
+            domains = mixture.awake(self.held["since"][:, -1:], self.held["mask"][:, -1:])[:, 0]
             features = mixture.read_last(features, domains, self.memory)
         experts: Experts = mixture.at(features, *law, domains)
         ids = self._tokens(0, 1)[:, 0]
@@ -250,7 +257,7 @@ class Walk:
         return {
             "features": self.reading.features.detach(),
             "mask": self.reading.mask,
-            "opened": self.opened,
+            "since": self.since,
             "density": self.density,
             "awake": self.awake,
             "known": known,

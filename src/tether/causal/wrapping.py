@@ -17,7 +17,10 @@ from tether.errors import ConfigError
 if TYPE_CHECKING:
     from tether.causal.modeling import CausalQwenForCausalLM
 
-__all__ = ["make_head", "wrap_backbone"]
+__all__ = ["OVERRIDES", "make_head", "wrap_backbone"]
+
+OVERRIDES = (*PRESETS["calibrated"], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl")
+"""Fields of the config that are chosen where a base is wrapped."""
 
 
 def make_head(config: CausalQwenConfig) -> tuple[Abduction, Action]:
@@ -72,9 +75,8 @@ def wrap_backbone(
 
     if preset not in PRESETS:
         raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-    known = {*PRESETS[preset], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl"}
-    if unknown := set(overrides) - known:
-        raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(known))}")
+    if unknown := set(overrides) - set(OVERRIDES):
+        raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(OVERRIDES))}")
     model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
     if isinstance(model, cls):
         raise ConfigError(

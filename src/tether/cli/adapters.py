@@ -59,8 +59,7 @@ def learn_adapter(
     from tether.delta.budget import Budget
     from tether.delta.held_out import HELD_OUT
     from tether.store.documents import read_documents
-    from tether.store.hashing import sha256_file
-    from tether.store.publish import check_free
+    from tether.store.place import check_free
 
     if kind != "lora":
         raise ConfigError(f"adapter={kind!r}: expected lora")
@@ -75,16 +74,15 @@ def learn_adapter(
         held_out=HELD_OUT if held_out is None else held_out,
     )
     lora_config(fit.rank, fit.alpha)
-    for path in (text, base_text):
-        read_documents(path)
+    own, general = read_documents(text), read_documents(base_text)
     check_free(out)
     base, tokenizer = load(model)
     with reporter() as steps:
         adapter = adapter_learning.learn_adapter(
-            base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
+            base, tokenizer, own, base_texts=general, name=out.stem, tokens=tokens, cache_folder=cache,
             sample=sample, on_step=steps(f"learning {out.stem}"), fit=fit,
         )  # fmt: skip
-    adapter.save(out, inputs={"domain": sha256_file(text), "base": sha256_file(base_text)})
+    adapter.save(out, inputs={"domain": own.sha256, "base": general.sha256})
     told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample)
     record = {key: value for key, value in adapter.record.items() if key != "curve"}
     emit({"path": str(out), "name": adapter.name, **record, "sample": list(adapter.sample)}, as_json, told)
@@ -121,10 +119,10 @@ def fuse_adapters(
         ConfigError: adapters together with deltas.
     """
     from tether.causal.evidence import Rule
-    from tether.causal.loading import load
+    from tether.causal.loading import ALIASES, load
     from tether.delta.adapter import Adapter, is_adapter
-    from tether.delta.adapter_serving import save_adapted, serve
-    from tether.store.publish import check_free
+    from tether.delta.adapter_serving import BASE, save_adapted, serve
+    from tether.store.place import check_free
 
     deltas = [path for path in paths if not is_adapter(path)]
     if deltas:
@@ -141,10 +139,12 @@ def fuse_adapters(
     save_adapted(served, adapters, tokenizer, out, base=model)
     parts = " + ".join(f"{weight:g} {adapter.name}" for adapter, weight in adapters.items())
     described = served.config.fusion
+    # What is no place on this machine is not followed from the folder: `tether.delta.adapter_serving.find_base`.
+    asked = "" if Path(model).exists() or model in ALIASES else f"; to serve it, set {BASE}={model}"
     how = "by evidence" if described.get("by") == "evidence" else f"chart {described['chart']}"
     emit(
         {"path": str(out), **described},
         as_json,
         f"{out}: adapters {parts}, {how}, {'gated' if described['gated'] else 'ungated'}; the base stays in "
-        f"{model}",
+        f"{model}{asked}",
     )

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-import sys
+import signal
 from collections import Counter
 from typing import Any
 
@@ -13,12 +13,12 @@ from typer.core import TyperCommand
 
 from tether._version import __version__
 from tether.cli import causal, domains, export, ledger, merge, router, theory, training
-from tether.errors import ConfigError, TetherError
+from tether.cli.codes import run, stop
+from tether.cli.output import plain
+from tether.errors import ConfigError
 
 __all__ = ["app", "main"]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 TEXTS = ("--text", "--base-text", "--probes")
 """Options of which a user who gives two expects both to be read."""
 
@@ -76,6 +76,13 @@ for group in (app, theory.app, merge.merge_app):
         command.cls = Once
 
 
+class _Plain(logging.Formatter):
+    """Messages name files, and what is in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
@@ -90,37 +97,16 @@ def root(
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
 ) -> None:
     """Teach a language model new domains on a KL leash, fuse them, and certify how far the model has moved."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-    )
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def main() -> None:
-    """Run the command line: exit 0 fine, 1 a check failed, 2 unusable input (one message on stderr)."""
-    try:
-        app()
-    except TetherError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"tether: {error}", style="red", markup=False, highlight=False
-        )
-        sys.exit(2)
-    except OSError as error:
-        # Names too long, places that cannot be written to: what the system says is what can be said.
-        Console(stderr=True, soft_wrap=True).print(
-            f"tether: {error.filename or 'the system'}: {error.strerror or error}; choose another name or place",
-            style="red",
-            markup=False,
-            highlight=False,
-        )
-        sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            Console(stderr=True, soft_wrap=True).print(
-                "tether: interrupted; no output is half written: start the same command again", style="yellow"
-            )
-        raise
+    """Run the command line; nothing but a code of `tether.cli.codes` and a message on stderr gets out."""
+    # Asked to end, as by a batch system, it leaves as after Ctrl-C: unfinished files are taken away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop(run(app))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether.cli.output import emit, quiet_libraries
+from tether.cli.output import emit, quiet_libraries, say
 
 __all__ = ["convert", "counterfactual", "generate"]
 
@@ -36,7 +36,8 @@ def convert(
     from tether.errors import ConfigError
     from tether.report.frontier import frontier_png
     from tether.store.documents import read_documents
-    from tether.store.publish import check_free, publish_file, write_json
+    from tether.store.place import check_free
+    from tether.store.publish import publish_file, write_json
 
     check_free(out)
     documents = None if calibrate is None else read_documents(calibrate)
@@ -159,7 +160,7 @@ def generate(
     else:
         values = output["numeric_values"][0, start:]
         written = numeric.decode(ids, values, skip_special_tokens=True, precision=6)
-    typer.echo(prompt + written)
+    say(prompt + written)
 
 
 def counterfactual(

@@ -12,6 +12,7 @@ from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
+from tether.names import check_name
 
 __all__ = ["certify", "demo", "fuse", "learn", "verify"]
 
@@ -30,7 +31,9 @@ def demo(
     from tether.demo.pipeline import run_demo
     from tether.demo.plan import Plan
     from tether.report.html import markdown_table
+    from tether.store.place import check_place
 
+    check_place(out)
     with reporter() as steps:
         results = run_demo(out, Plan.fast() if fast else Plan(), steps)
     lines = [
@@ -95,6 +98,7 @@ def learn(
 ) -> None:
     """Learn a domain as a delta of the abduction head, on a drift budget."""
     quiet_libraries()
+    check_name(out.stem)
     if adapter is not None:
         # Options of deltas only, by the value they have when they are given.
         delta_only = {
@@ -111,7 +115,8 @@ def learn(
     from tether.cli.learnt import learnt_told
     from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta
-    from tether.store.publish import check_file
+    from tether.store.documents import read_documents
+    from tether.store.place import check_file
 
     # All that can be wrong without the model is found before it is loaded.
     of_budget = {
@@ -127,12 +132,13 @@ def learn(
         "chart": chart, "features": features, "location_only": location_only, "quantile": quantile, "hard": hard,
         "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
     }  # fmt: skip
-    check_options(text, base_text, **options)
+    check_options(**options)
     check_file(out)
+    own, general = read_documents(text), read_documents(base_text)
     base, tokenizer = load(model)
     with reporter() as steps:
         delta = learn_delta(
-            base, tokenizer, text, base_texts=base_text, name=out.stem, tokens=tokens, cache_folder=cache,
+            base, tokenizer, own, base_texts=general, name=out.stem, tokens=tokens, cache_folder=cache,
             sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
         )  # fmt: skip
     delta.save(out)
@@ -201,7 +207,7 @@ def fuse(
     from tether.cauchy.charts import CHARTS
     from tether.causal.gates import GATES
     from tether.delta.adapter import is_adapter
-    from tether.store.publish import check_free
+    from tether.store.place import check_free
 
     check_free(out)
     if chart is not None and chart not in CHARTS:
@@ -265,17 +271,16 @@ def certify(
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.certificate import certify as certify_model
-    from tether.store.documents import read_documents
-
-    for path in text:
-        read_documents(path)
     from tether.delta.record import is_certificate
-    from tether.store.publish import check_file
+    from tether.store.documents import read_documents
+    from tether.store.place import check_file, check_place
 
+    check_place(out)
     if not (out.is_file() and is_certificate(out)):  # an older certificate may be made again
         check_file(out)
     if len({path.stem for path in text}) < len(text):
         raise ConfigError(f"texts {', '.join(map(str, text))}: expected files of different names; rename one")
+    opened = {path.stem: read_documents(path) for path in text}
     base, tokenizer = load(model)
     moved, _ = load(str(fused))
     with reporter() as steps:
@@ -283,7 +288,7 @@ def certify(
             base,
             moved,
             tokenizer,
-            {path.stem: path for path in text},
+            opened,
             tokens=tokens,
             continuations=continuations,
             on_step=steps("measuring"),
@@ -328,7 +333,7 @@ def verify(
     certificate: Annotated[Path, typer.Argument(help="A certificate written by certify or demo.")],
     as_json: JSON = False,
 ) -> None:
-    """Check a certificate by its hashes and by recomputing it: exit 0 holds, 1 does not, 2 cannot be read."""
+    """Check a certificate by its hashes and by recomputing it: exit 0 holds, 1 does not, 2 cannot be used."""
     quiet_libraries()
     from tether.delta.certificate import verify as verify_certificate
 

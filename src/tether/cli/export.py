@@ -19,7 +19,7 @@ def export(
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.export import export_plain
-    from tether.store.publish import check_free
+    from tether.store.place import check_free
 
     check_free(out)
     loaded, tokenizer = load(model)

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from tether.cli.accounted import account_lines, fare_lines
-from tether.cli.output import emit, quiet_libraries
+from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.progress import reporter
 from tether.errors import CertificateError, ConfigError
+from tether.names import check_name
 
 __all__ = ["fuse_domains", "ledger"]
 
@@ -31,11 +32,11 @@ def ledger(
     from tether.delta.ledger import keep_ledger
     from tether.store.documents import read_documents
 
-    read_documents(text)
+    documents = read_documents(text)
     model, tokenizer = load(str(fused))
     with reporter() as steps:
         figures = keep_ledger(
-            model, tokenizer, text, next_drift=next_drift, tokens=tokens, on_step=steps("accounting")
+            model, tokenizer, documents, next_drift=next_drift, tokens=tokens, on_step=steps("accounting")
         )
     emit(figures, as_json, "\n".join(_lines(figures)))
 
@@ -127,7 +128,8 @@ def fuse_domains(
         raise ConfigError(
             f"budget {budget:g} in {budget_metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
         )
-    documents = text_hash(read_documents(text)) if text is not None else None
+    general = read_documents(text) if text is not None else None
+    documents = text_hash(general) if general is not None else None
     texts = {name: read_documents(path) for name, path in map(_named_text, check)}
     rule = None if prior is None else Rule(prior=prior)
     of_sums = {"chart": chart, "gate": gate, "leash": leash or None}
@@ -183,8 +185,8 @@ def fuse_domains(
             leash=held["nats"] if held else None, leash_metric=held["metric"] if held else "softmax",
         )  # fmt: skip
     drift = None
-    if allowance is not None and text is not None:
-        drift = _checked(fused, tokenizer, text, allowance)
+    if allowance is not None and general is not None:
+        drift = _checked(fused, tokenizer, general, allowance)
     save_checkpoint(
         fused, tokenizer, out, inputs={role: path for role, path in inputs.items() if path.is_file()}
     )
@@ -225,7 +227,7 @@ def _named_text(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise ConfigError(f"--check {text!r}: expected DOMAIN=FILE, as --check law=law-test.jsonl")
-    return name, Path(path)
+    return check_name(name), Path(path)
 
 
 def _may_drift(
@@ -245,12 +247,12 @@ def _may_drift(
     return bool(added or remove or looser or changed)
 
 
-def _checked(fused: Any, tokenizer: Any, text: Path, allowance: dict[str, Any]) -> float:
+def _checked(fused: Any, tokenizer: Any, text: Sequence[str], allowance: dict[str, Any]) -> float:
     from tether.delta.ledger import check_allowance
 
     with reporter() as steps:
         try:
             return check_allowance(fused, tokenizer, text, allowance, on_step=steps("checking the budget"))
         except CertificateError as error:
-            typer.echo(f"tether: {error}", err=True)
+            tell(str(error))
             raise typer.Exit(1) from error

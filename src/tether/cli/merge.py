@@ -48,7 +48,7 @@ def align(
     """Find which units of SOURCE do what those of TARGET do; the models may differ in width and depth."""
     quiet_libraries()
     from tether.merge.pairing import align_checkpoints
-    from tether.store.publish import check_file
+    from tether.store.place import check_file
 
     check_file(out)
     with reporter() as steps:
@@ -81,6 +81,7 @@ def run(
     from tether.merge.plan import make_plan
     from tether.merge.recipe import read_recipe
     from tether.merge.run import check_possible, merge
+    from tether.store.place import check_place
 
     asked = read_recipe(recipe)
     if accept is not None:
@@ -94,6 +95,8 @@ def run(
     target = out or (Path(asked.out) if asked.out else None)
     if target is None and not dry_run:
         raise ConfigError(f"recipe {recipe} has no out; give --out FOLDER")
+    if target is not None:
+        check_place(target)
     plan = make_plan(asked)
     if dry_run:
         check_possible(plan)

@@ -24,8 +24,10 @@ def observe(
     quiet_libraries()
     from tether.merge.observation import observe as run
     from tether.merge.probes import encode_probes, load_reader, read_probes
+    from tether.store.place import check_place
     from tether.store.reader import CheckpointReader
 
+    check_place(out)
     meta = read_probes(probes)[:samples]
     if out.is_file():
         raise ConfigError(f"{out} is a file: expected a folder, new or of an interrupted run")

@@ -1,14 +1,33 @@
-"""What commands print: results on stdout, as text or JSON."""
+"""What commands print: results on stdout, as text or JSON, and errors on stderr, without control characters."""
 
 import json
-import math
 import os
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import typer
+from rich.console import Console
 
-__all__ = ["emit", "quiet_libraries"]
+__all__ = ["emit", "plain", "quiet_libraries", "say", "tell"]
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What steers a terminal (all but line feed and tab), turns the direction of text, or is half a character."""
+
+
+def plain(text: str) -> str:
+    r"""Make of text from anywhere what a terminal only shows.
+
+    Args:
+        text: may come from a file.
+
+    Returns:
+        The same with control and direction characters spelt out, as JSON spells them.
+
+    Example:
+        >>> print(plain("law" + chr(27) + "[2J"))
+        law\u001b[2J
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def emit(result: Any, as_json: bool, text: str) -> None:
@@ -20,23 +39,41 @@ def emit(result: Any, as_json: bool, text: str) -> None:
         text: what to print otherwise.
     """
     if as_json:
-        text = json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False)
-    typer.echo(text)
+        from tether.reading import finite
+
+        # Spelt out as `plain` does it, a character is the same JSON.
+        text = json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False)
+    say(text)
 
 
-# JSON has no NaN and no infinity: null stands for what is no number.
-def _finite(result: Any) -> Any:
-    if isinstance(result, Mapping):
-        return {key: _finite(value) for key, value in result.items()}
-    if isinstance(result, list | tuple):
-        return [_finite(value) for value in result]
-    return None if isinstance(result, float) and not math.isfinite(result) else result
+def say(text: str) -> None:
+    """Print a line or several on stdout.
+
+    Args:
+        text: may come from a file.
+    """
+    typer.echo(plain(text))
+
+
+def tell(text: str, style: str = "red") -> None:
+    """Print a message on stderr.
+
+    Args:
+        text: may come from a file.
+        style: of rich.
+    """
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"tether: {plain(text)}", style=style, markup=False, highlight=False)
 
 
 def quiet_libraries() -> None:
-    """Silence transformers' own progress bars and hints: tether shows progress and errors itself."""
+    """Silence transformers' own progress bars, hints and questions: tether shows progress and errors itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
+
+    # It asks whether code that a checkpoint brings may run, for so many seconds; at 0 the answer is no.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -51,7 +51,7 @@ def route(
     """Route instead of add: per-token weights over deltas, or over experts, learnt from text."""
     quiet_libraries()
     from tether.store.documents import read_documents
-    from tether.store.publish import check_free
+    from tether.store.place import check_free
 
     check_free(out)
     texts = text or []
@@ -86,12 +86,10 @@ def _deltas(
     model: str, parts: list[str], texts: list[Path], base_text: Path, out: Path, budget: float,
     tokens: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    import tempfile
-
     from tether.causal.checkpoint import save_checkpoint
     from tether.causal.loading import load
-    from tether.delta.cache import cached
     from tether.delta.delta import Delta
+    from tether.delta.shards import read_states
     from tether.delta.windows import reader, window_text
     from tether.router.deltas import DeltaRouterFit, route_deltas
     from tether.store.documents import read_documents
@@ -110,10 +108,10 @@ def _deltas(
     base, tokenizer = load(model)
     tokenizer = reader(base, tokenizer)
     windows = [window_text(piece, tokenizer, tokens=limit) for piece in pieces]
-    with reporter() as report, tempfile.TemporaryDirectory(prefix="tether-") as folder:
+    with reporter() as report:
         names = [*(delta.name for delta in deltas), "base text", "held-out base text"]
         caches = [
-            cached(base, part, Path(folder), layers=layers, on_step=report(f"reading {name}"))
+            read_states(base, part, layers=layers, on_step=report(f"reading {name}"))
             for name, part in zip(names, windows, strict=True)
         ]
         domains = dict(zip(names, caches[: len(deltas)], strict=False))

@@ -91,7 +91,7 @@ def table(columns: tuple[str, ...], rows: list[list[Any]]) -> str:
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = Console(width=200)
+    console = Console(width=200, color_system=None)  # no sequences for a terminal
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

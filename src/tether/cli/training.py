@@ -83,17 +83,14 @@ def evaluate(
 
 
 def _options(path: Path | None, flags: dict[str, Any]) -> "TrainOptions":
-    import yaml
     from pydantic import ConfigDict, ValidationError, create_model
 
     from tether.causal.trainable import TrainOptions
+    from tether.reading import read_yaml
 
     given: Any = {}
     if path is not None:
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: expected a YAML file that can be read; {error}") from error
+        given = read_yaml(path, error=ConfigError) or {}
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected options as 'name: value' lines; got {type(given).__name__}")
     # The fields are those of TrainOptions, written once.
@@ -121,8 +118,9 @@ def _read(path: Path) -> "list[Document]":
 
 
 def _check_folder(out: Path) -> None:
-    from tether.store.publish import check_free
+    from tether.store.place import check_free, check_place
 
+    check_place(out)
     # A run's own folder is checked when it is opened: by its options, once the model's hash is known.
     if not (out / "run.json").is_file():
         check_free(out)

@@ -1,7 +1,6 @@
 """A domain as a LoRA adapter on the backbone: a folder that PEFT reads, with a gate and a record beside it."""
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tether.delta.carried import check_carried
-from tether.delta.gate import Gate
+from tether.delta.gate import Gate, gate_faults
+from tether.delta.peft_config import check_ranks, read_lora
 from tether.errors import CheckpointError, ConfigError
+from tether.names import check_name
+from tether.reading import Name, Strict, checked, finite, read_json
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import publish_folder
 from tether.store.reader import CheckpointReader
@@ -24,6 +27,16 @@ __all__ = ["Adapter", "Attached", "frozen_twin", "is_adapter", "lora_config"]
 
 WEIGHTS, CONFIG, GATE = "adapter_model.safetensors", "adapter_config.json", "gate.safetensors"
 """The first two are PEFT's names."""
+
+
+class _Recipe(Strict):
+    """What the manifest of an adapter's folder says."""
+
+    name: Name
+    base: str
+    gated: bool
+    record: Any
+    sample: Any = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +55,9 @@ class Adapter:
         path: the folder it was read from or saved to.
         sample: a few documents of the domain that it was not learnt from, see `tether.delta.held_out`; may be
             none.
+
+    Raises:
+        ConfigError: the name is none that `tether.names.check_name` takes.
     """
 
     name: str
@@ -52,6 +68,9 @@ class Adapter:
     record: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     sample: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -86,7 +105,7 @@ class Adapter:
                 "name": self.name,
                 "base": self.base,
                 "gated": self.gate is not None,
-                "record": self.record,
+                "record": finite(self.record),
                 "sample": list(self.sample),
             }
             write_manifest(target, Manifest(kind="adapter", inputs=listed, recipe=recipe))
@@ -106,30 +125,33 @@ class Adapter:
             CheckpointError: the folder is missing or damaged, or holds an adapter that tether did not write, or its
                 strengths or its sample are out of bounds.
         """
-        from peft import PeftConfig
-
         folder = Path(folder)
         if not is_adapter(folder):
             raise CheckpointError(
                 f"{folder}: expected an adapter written by 'tether learn --adapter lora' (a folder with {CONFIG} and "
                 f"{MANIFEST})"
             )
-        recipe = read_manifest(folder).recipe
-        check_carried(folder, recipe["record"], recipe.get("sample", []))
+        recipe = checked(_Recipe, read_manifest(folder).recipe, folder / MANIFEST)
+        check_carried(folder, recipe.record, recipe.sample)
+        config = read_lora(folder / CONFIG)
         reader = CheckpointReader(folder / WEIGHTS)
+        tensors = {name: reader.tensor(name) for name in reader.names}
+        check_ranks(config, tensors, folder)
         gate = None
-        if recipe["gated"]:
+        if recipe.gated:
             gates = CheckpointReader(folder / GATE)
             gate = Gate(*(gates.tensor(name) for name in Gate._fields))
+            if wrong := gate_faults(gate):
+                raise CheckpointError(f"{folder}: damaged, {wrong}; take another copy, or learn it again")
         return Adapter(
-            name=recipe["name"],
-            config=PeftConfig.from_pretrained(folder),
-            tensors={name: reader.tensor(name) for name in reader.names},
+            name=recipe.name,
+            config=config,
+            tensors=tensors,
             gate=gate,
-            base=recipe["base"],
-            record=recipe["record"],
+            base=recipe.base,
+            record=recipe.record,
             path=folder,
-            sample=tuple(recipe.get("sample", ())),
+            sample=tuple(recipe.sample),
         )
 
 
@@ -141,11 +163,15 @@ def is_adapter(path: str | Path) -> bool:
 
     Returns:
         Whether PEFT's and tether's files are there.
-    """
+
+    Raises:
+        CheckpointError: they are, and tether's cannot be read.
+    """  # noqa: DOC502 - raised by what it calls
     path = Path(path)
     if not ((path / CONFIG).is_file() and (path / MANIFEST).is_file()):
         return False
-    return bool(json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind") == "adapter")
+    content = read_json(path / MANIFEST)
+    return isinstance(content, dict) and content.get("kind") == "adapter"
 
 
 def lora_config(rank: int, alpha: int) -> Any:

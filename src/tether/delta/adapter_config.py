@@ -21,7 +21,8 @@ class AdaptedConfig(CausalQwenConfig):
     """Fields of an `AdaptedForCausalLM`.
 
     Args:
-        base: where the base is: alias, hub id, absolute path, or path relative to the folder.
+        base: where the base is: alias, hub id, absolute path, or path relative to the folder; see
+            `tether.delta.adapter_serving.find_base`.
     """
 
     model_type = "causal_qwen_adapted"

@@ -50,9 +50,9 @@ def fit_adapter(
     A part of the domain's text is kept aside, on which losses before and after are measured. The rest is learnt:
     it minimises domain NLL + multiplier x drift on base text, with dual ascent on the multiplier; then one factor
     on the adapter (on B, so that the file is within its budget whoever loads it) is bisected so that the drift
-    *measured* on held-out base text is within 5 % below the budget. It fails closed: where no factor is found
-    that holds, it is 0. The base's side of the drift comes from cached states, so a step costs one forward and
-    backward pass over the domain batch and the base batch.
+    *measured* on held-out base text is below the budget, within 5 % where it can be. It fails closed: where no
+    factor is found that holds, it is 0. The base's side of the drift comes from cached states, so a step costs one
+    forward and backward pass over the domain batch and the base batch.
 
     There is no a-priori bound: how far an adapter moves a context is known only by running it.
 
@@ -184,7 +184,7 @@ def meet_adapter(
     probe: int = 2048,
     fisher: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Find the factor at which an adapter's measured drift on base text is within 5 % below a budget.
+    """Find the factor at which an adapter's measured drift on base text is just within a budget.
 
     Args:
         model: the base.
@@ -257,12 +257,9 @@ def learn_adapter(
     material = gather(
         model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=chosen.gate
     )
-    with states_of(model, material.windows, cache_folder, on_step=on_step) as states:
-        domain, base, held_out = states
-        written = write_background(model) if chosen.gate else None
-        adapter = fit_adapter(
-            model, domain, base, held_out, material.name, chosen, on_step, background=written
-        )
+    domain, base, held_out = states_of(model, material.windows, cache_folder, on_step=on_step)
+    written = write_background(model) if chosen.gate else None
+    adapter = fit_adapter(model, domain, base, held_out, material.name, chosen, on_step, background=written)
     adapter.record["texts"] = material.hashes
     if not sample:
         return adapter

@@ -7,10 +7,11 @@ running: an adapter's own drift in a context is known only from its pass.
 """
 
 import copy
+import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +19,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tether.cauchy.charts import CHARTS
+from tether.causal.description import check_description
 from tether.causal.evidence import Rule
 from tether.causal.leash import check_leash
-from tether.causal.loading import load
+from tether.causal.loading import ALIASES, load
 from tether.causal.mixture import Mixture
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.adapter import Adapter, Attached
@@ -32,10 +34,15 @@ from tether.delta.cache import backbone_print
 from tether.delta.fusion import manner
 from tether.delta.gate import put_gate
 from tether.errors import CheckpointError, ConfigError
+from tether.names import inside
+from tether.reading import read_bytes
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
-__all__ = ["AdaptedForCausalLM", "save_adapted", "serve"]
+__all__ = ["BASE", "AdaptedForCausalLM", "find_base", "save_adapted", "serve"]
+
+BASE = "TETHER_BASE"
+"""Environment variable that names the base of adapted models, in place of what their folders say."""
 
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose cache can be cut anywhere, as one must be in which adapters sleep."""
@@ -65,17 +72,19 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
 
         Raises:
             CheckpointError: the folder is damaged, or the base found is another one.
-        """  # noqa: DOC502 - raised by what it calls
+        """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: expected a folder that 'tether fuse' wrote; download it first")
         config = AdaptedConfig.from_pretrained(folder)
         described = config.fusion or {}
-        # A base beside the folder moves with it.
-        beside = folder / str(config.base)
+        check_description(described)
+        found = find_base(folder, config.base)
         dtype = options.get("dtype")
-        base, _ = load(
-            str(beside) if beside.exists() else str(config.base), None if dtype == "auto" else dtype
-        )
-        loaded = [Adapter.load(folder / name) for name in described["domains"]]
+        base, _ = load(found, None if dtype == "auto" else dtype)
+        loaded = [Adapter.load(inside(folder, name)) for name in described["domains"]]
+        if [each.name for each in loaded] != described["domains"]:
+            raise CheckpointError(f"{folder}: adapters in folders of other names; take another copy")
         served = serve(
             base, dict(zip(loaded, described["weights"], strict=True)), **serving_options(described)
         )
@@ -106,6 +115,54 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
                 f"num_beams={beams}: a sum of adapters writes with one beam; leave it out, or serve by evidence"
             )
         return super().generate(*inputs, **options)
+
+
+def find_base(folder: Path, said: str | None) -> str:
+    """Find the base of an adapted model, without following what its folder says out of this machine.
+
+    What is taken from the folder is an alias of tether's, or a relative path to a folder that is there and is no
+    adapted model itself: it is only read, and its fingerprint is compared. Anything else, a hub id or an absolute
+    path, is followed when a user says so in `TETHER_BASE`.
+
+    Args:
+        folder: of the adapted model.
+        said: `base` in its config.
+
+    Returns:
+        Alias, path or hub id for `tether.load`.
+
+    Raises:
+        CheckpointError: the base is not there, is not to be followed unasked, or is an adapted model.
+    """
+    asked = os.environ.get(BASE)
+    if asked:
+        found = Path(asked)
+    elif said in ALIASES:
+        return str(said)
+    elif not said or "\0" in said or "\\" in said or PureWindowsPath(said).drive or said.startswith("/"):
+        raise CheckpointError(_not_followed(folder, said))
+    else:
+        found = folder / said
+        if not (found.is_dir() or (found.is_file() and found.suffix.lower() == ".gguf")):
+            raise CheckpointError(_not_followed(folder, said))
+    if (found / "config.json").is_file():
+        text = read_bytes(found / "config.json")
+        try:
+            content = json.loads(text)  # by no schema of ours: some architectures have infinity in theirs
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{found / 'config.json'}: expected JSON ({error}); take another copy"
+            ) from error
+        if isinstance(content, dict) and content.get("model_type") == AdaptedConfig.model_type:
+            raise CheckpointError(f"{folder}: its base {found} is an adapted model; expected a plain one")
+    return asked or str(found)
+
+
+def _not_followed(folder: Path, said: str | None) -> str:
+    return (
+        f"{folder}: names its base {ascii(said)[:200]}, which is no folder beside it; another place or absolute path "
+        f"from a file is not followed unasked: if you trust it, set {BASE} to the base's path or hub id"
+    )
 
 
 _F = TypeVar("_F", AdapterFusion, AdapterMixture)
@@ -258,10 +315,8 @@ def save_adapted(
         The folder, which becomes the model's `name_or_path`.
     """
     folder = Path(folder)
-    served.config.base = os.path.relpath(base, folder) if Path(base).exists() else base
+    served.config.base = _beside(base, folder)
     with publish_folder(folder) as target:
-        for adapter in adapters:
-            adapter.save(target / adapter.name)
         served.config.save_pretrained(target)
         tokenizer.save_pretrained(target)
         recipe = {
@@ -270,8 +325,20 @@ def save_adapted(
             "fusion": served.config.fusion,
         }
         write_manifest(target, Manifest(kind="adapted", recipe=recipe))
+        # Last, so that a domain that is named as one of the files above is refused.
+        for adapter in adapters:
+            adapter.save(target / adapter.name)
     served.name_or_path = str(folder)
     return folder
+
+
+def _beside(base: str, folder: Path) -> str:
+    if not Path(base).exists():
+        return base
+    try:
+        return Path(os.path.relpath(base, folder)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return str(Path(base).absolute())
 
 
 AutoModelForCausalLM.register(AdaptedConfig, AdaptedForCausalLM, exist_ok=True)

@@ -1,39 +1,40 @@
-"""What deltas read of a text (hidden states, or those of several layers), computed once and memory-mapped."""
+"""What deltas read of a text: hidden states, or those of several layers; in memory, and in files with checksums."""
 
 import hashlib
 import json
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
 from tether.causal.features import check_layers, join_features
 from tether.causal.fingerprint import fingerprint, weights_fingerprint
+from tether.causal.losses import IGNORE
+from tether.delta.sharded import ShardedStates
 from tether.delta.windows import Batch, Windows
 from tether.errors import CheckpointError
-from tether.store.publish import publish_file
+from tether.reading import Strict, checked, parse_json
+from tether.store.writer import write_safetensors
 
 __all__ = [
-    "ShardedStates",
     "StateCache",
     "backbone_print",
     "cache_states",
-    "cached",
+    "compute_states",
     "hidden_states",
     "latent_print",
     "load_states",
     "text_inputs",
 ]
 
-logger = logging.getLogger(__name__)
-
 BATCH = 8
+"""Windows of a pass at most."""
+LEAST_ALIKE = 0.8
+"""Length of a window at least, as a share of the longest that it is padded to."""
 
 
 class StateCache(NamedTuple):
@@ -48,7 +49,7 @@ class StateCache(NamedTuple):
     """
 
     windows: Windows
-    states: "Tensor | ShardedStates"
+    states: Tensor | ShardedStates
     base: str
     layers: tuple[int, ...] = ()
 
@@ -81,43 +82,6 @@ class StateCache(NamedTuple):
             windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts, values
         )
         return StateCache(rest, self.states[kept], self.base, self.layers)
-
-
-class ShardedStates:
-    """States that lie in several files, indexed like one tensor; only the rows asked for are read.
-
-    Args:
-        parts: memory-mapped tensors, shapes (n_i, F).
-    """
-
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = tuple(parts)
-        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        self.shape = torch.Size((int(self.ends[-1]), parts[0].shape[1]))
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: Tensor | slice) -> Tensor:
-        if isinstance(index, slice):
-            index = torch.arange(len(self))[index]
-        elif index.dtype == torch.bool:
-            index = index.nonzero().squeeze(-1)
-        found = torch.empty(len(index), self.shape[1], dtype=self.parts[0].dtype)
-        of_part = torch.searchsorted(self.ends, index.contiguous(), right=True)
-        for number in of_part.unique().tolist():
-            rows = of_part == number
-            begin = int(self.ends[number]) - len(self.parts[number])
-            found[rows] = self.parts[number][index[rows] - begin]
-        return found
-
-    def float(self) -> Tensor:
-        """Read everything.
-
-        Returns:
-            All states, shape (n, F), float32.
-        """
-        return torch.cat([part.float() for part in self.parts])
 
 
 def backbone_print(model: Any) -> str:
@@ -180,6 +144,59 @@ def text_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {"inputs_embeds": model.embed(ids, batch.numeric_values.to(device))}
 
 
+@torch.no_grad()
+def compute_states(
+    model: Any,
+    windows: Windows,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> Tensor:
+    """Compute the states of a text in one pass of the backbone.
+
+    Args:
+        model: a CausalQwenForCausalLM; its fusion, if any, is not used.
+        windows: the text.
+        layers: middle layers to keep beside the last.
+        on_step: called with `done` and `total` tokens after each batch.
+
+    Returns:
+        The states, shape (n, H (1 + L)), float16, in memory.
+
+    Raises:
+        CheckpointError: a state does not fit float16.
+        ConfigError: layers that the backbone does not have.
+    """  # noqa: DOC502 - raised by check_layers
+    check_layers(layers, model.config.get_text_config(decoder=True).num_hidden_layers)
+    count, done = len(windows.input_ids), 0
+    states = torch.empty(count, model.abduction.loc.in_features * (1 + len(layers)), dtype=torch.float16)
+    for batch in _alike(windows):
+        values = hidden_states(model, batch, layers)[batch.mask]
+        if not bool((values.abs() < 65504).all()):
+            raise CheckpointError(
+                f"a hidden state of size {values.abs().max():.3g} does not fit float16 (largest 65504); this base "
+                "needs its states rescaled, which tether does not do"
+            )
+        states[windows.positions(batch)] = values.half()
+        done += len(values)
+        if on_step:
+            on_step({"done": done, "total": count})
+    return states
+
+
+# A part may hold few windows: short ones beside long ones would cost as much as long ones.
+def _alike(windows: Windows) -> Iterator[Batch]:
+    lengths = windows.starts.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    rows: list[int] = []
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if len(rows) == BATCH or (rows and length < LEAST_ALIKE * int(lengths[rows[0]])):
+            yield windows.batch(torch.tensor(rows))
+            rows = []
+        rows.append(row)
+    yield windows.batch(torch.tensor(rows))
+
+
 def cache_states(
     model: Any,
     windows: Windows,
@@ -188,9 +205,10 @@ def cache_states(
     layers: Sequence[int] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> StateCache:
-    """Compute the states of a text in one backbone pass and publish them as one safetensors file.
+    """Compute the states of a text and publish them as one safetensors file with a checksum.
 
-    Cost: one forward pass of the backbone, n x H (1 + L) x 2 bytes on disk, one batch in memory.
+    Cost: one forward pass of the backbone, n x H (1 + L) x 2 bytes in memory and on disk. Long texts are kept in parts,
+    see `tether.delta.shards`.
 
     Args:
         model: a CausalQwenForCausalLM; its fusion, if any, is not used.
@@ -203,75 +221,30 @@ def cache_states(
         The cache, memory-mapped.
 
     Raises:
-        CheckpointError: a state does not fit float16.
+        CheckpointError: a state does not fit float16, or the disk is full.
         ConfigError: layers that the backbone does not have.
-    """  # noqa: DOC502 - raised by check_layers
-    check_layers(layers, model.config.get_text_config(decoder=True).num_hidden_layers)
-    count, width = len(windows.input_ids), model.abduction.loc.in_features * (1 + len(layers))
-    tensors = {name: values.numpy() for name, values in windows._asdict().items() if values is not None}
-    kinds = {"int64": "I64", "float64": "F64"}
-    header, offset = _header(
-        {
-            **{k: (v.shape, kinds[str(v.dtype)]) for k, v in tensors.items()},
-            "states": ((count, width), "F16"),
-        },
-        model,
-        layers,
-    )
-    size = offset + count * width * 2
-    with publish_file(path, needed=size) as target:
-        with target.open("wb") as stream:
-            stream.write(header)
-            for values in tensors.values():
-                stream.write(values.tobytes())
-            # Space is taken now: a full disk met later, through the mapping, would kill the process.
-            stream.flush()
-            os.posix_fallocate(stream.fileno(), 0, size)
-        states = np.memmap(target, dtype=np.float16, mode="r+", offset=offset, shape=(count, width))
-        done = 0
-        for batch in windows.batches(BATCH):
-            values = hidden_states(model, batch, layers)[batch.mask]
-            if not bool((values.abs() < 65504).all()):
-                raise CheckpointError(
-                    f"a hidden state of size {values.abs().max():.3g} does not fit float16 (largest 65504); this base "
-                    "needs its states rescaled, which tether does not do"
-                )
-            states[windows.positions(batch).numpy()] = values.numpy().astype(np.float16)
-            done += len(values)
-            if on_step:
-                on_step({"done": done, "total": count})
-        states.flush()
-        del states
-    return load_states(path)
+    """  # noqa: DOC502 - raised by what it calls
+    tensors = {name: values for name, values in windows._asdict().items() if values is not None}
+    tensors["states"] = compute_states(model, windows, layers=layers, on_step=on_step)
+    about = {"kind": "states", "base": backbone_print(model), "layers": json.dumps(list(layers))}
+    write_safetensors(path, tensors, about | {"sha256": _checksum(tensors, about)})
+    return load_states(path, check=False)
 
 
-def _header(
-    entries: dict[str, tuple[tuple[int, ...], str]], model: Any, layers: Sequence[int]
-) -> tuple[bytes, int]:
-    # The safetensors layout: tensors laid end to end behind a JSON header; states are the last.
-    size = {"I64": 8, "F64": 8, "F16": 2}
-    described: dict[str, Any] = {
-        "__metadata__": {
-            "kind": "states",
-            "base": backbone_print(model),
-            "layers": json.dumps(list(layers)),
-        }
-    }
-    end = 0
-    for name, (shape, dtype) in entries.items():
-        begin, end = end, end + int(np.prod(shape)) * size[dtype]
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        last = begin
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text) + last
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(about.items()))).encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
-def load_states(path: Path) -> StateCache:
+def load_states(path: Path, *, check: bool = True) -> StateCache:
     """Open cached states.
 
     Args:
         path: written by `cache_states`.
+        check: whether to compare the content with its checksum, which reads all of it.
 
     Returns:
         The cache; states stay on disk until they are used.
@@ -287,54 +260,43 @@ def load_states(path: Path) -> StateCache:
         raise CheckpointError(
             f"{path}: expected cached states, found {metadata.get('kind', 'another file')}; rebuild it"
         )
+    about = checked(_About, {**metadata, "layers": parse_json(metadata.get("layers", "[]"), path)}, path)
+    if missing := {"states", "input_ids", "targets", "documents", "starts"}.difference(reader.names):
+        raise CheckpointError(f"{path}: damaged, {', '.join(sorted(missing))} missing; rebuild it")
     windows = Windows(**{name: reader.tensor(name) for name in Windows._fields if name in reader.names})
     # The reader copies; the states are mapped instead, so that a large text costs pages, not memory.
     with safe_open(path, framework="pt") as stream:
         states = stream.get_tensor("states")
-    layers = tuple(json.loads(metadata.get("layers", "[]")))
-    return StateCache(windows, states, metadata["base"], layers)
+    if not _fits(windows, states):
+        raise CheckpointError(f"{path}: damaged, its tensors do not fit together; rebuild it")
+    tensors = {name: values for name, values in windows._asdict().items() if values is not None}
+    said = {name: metadata[name] for name in ("kind", "base", "layers")}
+    if check and about.sha256 != _checksum(tensors | {"states": states}, said):
+        raise CheckpointError(f"{path}: damaged, its content is not that of its checksum; rebuild it")
+    return StateCache(windows, states, about.base, tuple(about.layers))
 
 
-def cached(
-    model: Any,
-    windows: Windows,
-    folder: Path,
-    *,
-    layers: Sequence[int] = (),
-    on_step: Callable[[dict[str, float]], None] | None = None,
-) -> StateCache:
-    """Reuse the states of a text if this folder has them for this base, else compute them.
+class _About(Strict):
+    """What the header of cached states says."""
 
-    A long text, or any text where several processes work together, is kept in parts: see
-    `tether.delta.shards`.
+    kind: str
+    base: str
+    layers: list[Annotated[int, Field(ge=0, lt=2**16)]]
+    sha256: str
 
-    Args:
-        model: the base.
-        windows: the text.
-        folder: where caches are kept, one file or folder for each text, base and choice of layers.
-        layers: middle layers to keep beside the last.
-        on_step: called with `done` and `total` tokens.
 
-    Returns:
-        The cache.
-    """
-    from tether.delta.shards import PART_TOKENS, cache_shards, load_shards, together
-
-    # States of a model in half precision are not those of the same model in single precision.
-    digest = hashlib.sha256(f"{backbone_print(model)} {model.action.weight.dtype}".encode())
-    for values in windows:
-        digest.update(b"" if values is None else values.numpy().tobytes())
-    if windows.numeric_values is not None:
-        digest.update(model.numeric.direction.detach().cpu().float().numpy().tobytes())
-    if layers:
-        digest.update(repr(tuple(layers)).encode())
-    name = f"states-{digest.hexdigest()[:16]}"
-    path, parts = folder / f"{name}.safetensors", folder / name
-    if path.is_file():
-        try:
-            return load_states(path)
-        except CheckpointError:
-            logger.warning("%s is damaged and is computed again", path)
-    if parts.is_dir() or len(windows.input_ids) > PART_TOKENS or together() > 1:
-        return load_shards(cache_shards(model, windows, parts, layers=layers, on_step=on_step))
-    return cache_states(model, windows, path, layers=layers, on_step=on_step)
+def _fits(windows: Windows, states: Tensor) -> bool:
+    whole = (windows.input_ids, windows.targets, windows.documents, windows.starts)
+    if any(values.dtype != torch.int64 or values.dim() != 1 for values in whole):
+        return False
+    count, starts, values = len(windows.input_ids), windows.starts, windows.numeric_values
+    if len(windows.targets) != count or len(windows.documents) != count or len(starts) < 2 or count == 0:
+        return False
+    if values is not None and (values.shape != (count,) or values.dtype != torch.float64):
+        return False
+    if states.dim() != 2 or len(states) != count or states.dtype != torch.float16 or 0 in states.shape:
+        return False
+    least = min(
+        int(windows.input_ids.min()), int(windows.documents.min()), int(windows.targets.min()) - IGNORE
+    )
+    return least >= 0 and int(starts[0]) == 0 and int(starts[-1]) == count and bool((starts.diff() > 0).all())

@@ -35,9 +35,11 @@ from tether.delta.regret import account_figures
 from tether.delta.summary import summarise
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, CheckpointError
-from tether.store.documents import read_documents, text_hash
+from tether.names import inside
+from tether.store.documents import documents_of, read_documents, text_hash
 from tether.store.hashing import sha256_file
 from tether.store.manifest import versions
+from tether.store.opened import Text
 
 __all__ = ["Certificate", "Settings", "certify", "compose", "read", "served_variant", "verify"]
 
@@ -93,13 +95,11 @@ def certify(
         )
     named = texts if isinstance(texts, Mapping) else {_name(texts): texts}
     # Every text is read before the first one is measured, so that bad input is found at once.
-    documents = {
-        name: read_documents(t) if isinstance(t, str | Path) else list(t) for name, t in named.items()
-    }
+    documents = {name: documents_of(text) for name, text in named.items()}
     tokenizer = reader(fused, tokenizer)
     ready = {name: _prepared(documents[name], tokenizer, chosen, name) for name in named}
     figures = {name: _figures(fused, *ready[name], chosen, on_step) for name in named}
-    return compose(fused, named, figures, chosen)
+    return compose(fused, documents, figures, chosen)
 
 
 def compose(
@@ -118,11 +118,12 @@ def compose(
     """
     listed = {}
     for name, text in texts.items():
-        path = Path(text) if isinstance(text, str | Path) else None
+        documents = documents_of(text)
+        file = documents if isinstance(documents, Text) else None
         listed[name] = {
-            "path": str(path.absolute()) if path else None,
-            "sha256": sha256_file(path) if path else None,
-            "documents": text_hash(read_documents(path) if path else text),
+            "path": str(file.path.absolute()) if file else None,
+            "sha256": file.sha256 if file else None,
+            "documents": text_hash(documents),
         }
     return Certificate(
         schema_version=SCHEMA_VERSION,
@@ -291,7 +292,7 @@ def verify(path: str | Path, *, on_step: Callable[[dict[str, float]], None] | No
         )
     if not certificate.claims_known():
         wrong.append("the claims are not those of this kind of certificate")
-    named = {str(model / file): sha256 for file, sha256 in certificate.model["files"].items()}
+    named = {str(inside(model, file)): sha256 for file, sha256 in certificate.model["files"].items()}
     named |= {str(folder / text["path"]): text["sha256"] for text in certificate.texts.values()}
     for file, sha256 in named.items():
         if not Path(file).is_file():
@@ -372,4 +373,4 @@ def _differences(stated: Any, again: Any, where: str) -> list[str]:
         same = math.isclose(stated, again, rel_tol=TOLERANCE, abs_tol=1e-4 * TOLERANCE)
     else:
         same = stated == again
-    return [] if same else [f"{where}: stated {stated}, recomputed {again}"]
+    return [] if same else [f"{where}: stated {stated!s:.200}, recomputed {again!s:.200}"]

@@ -14,6 +14,7 @@ from tether.delta.account import Account
 from tether.delta.measure import Measurement
 from tether.delta.windows import Windows, encode
 from tether.errors import ConfigError
+from tether.store.documents import beginning
 
 __all__ = [
     "PROMPT",
@@ -61,8 +62,8 @@ def prompts(documents: Sequence[str], tokenizer: Any, count: int, *, name: str =
         ConfigError: no document has `PROMPT` tokens.
     """
     found: list[tuple[list[int], list[float]]] = []
-    for document in documents:
-        ids, values = encode(tokenizer, document[: 20 * PROMPT])
+    for number in range(len(documents)):
+        ids, values = encode(tokenizer, beginning(documents, number, 20 * PROMPT))
         found += [(ids[:PROMPT], values[:PROMPT])] if len(ids) >= PROMPT else []
         if len(found) == count:
             break

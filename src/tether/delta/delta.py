@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
+from tether.cauchy.charts import CHARTS
 from tether.delta.carried import STRENGTHS, check_carried
-from tether.delta.gate import Gate
+from tether.delta.gate import Gate, gate_faults
 from tether.errors import CheckpointError
+from tether.names import check_name
+from tether.reading import Name, Strict, checked, finite, parse_json
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
@@ -17,6 +21,20 @@ __all__ = ["Delta"]
 
 FORMAT = 2
 """2: may read states of middle layers."""
+DTYPES = ("F16", "BF16", "F32", "F64")
+"""In which its tensors may be."""
+
+
+class _Described(Strict):
+    """What the header of a delta file says."""
+
+    format: int = Field(ge=1)
+    name: Name
+    chart: str
+    base: str
+    record: Any
+    layers: list[int] = Field(default_factory=list)
+    sample: Any = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +56,9 @@ class Delta:
         layers: the L middle layers it reads beside the last hidden state, see `tether.causal.features`.
         sample: a few documents of the domain that it was not learnt from, see `tether.delta.held_out`; may be
             none.
+
+    Raises:
+        ConfigError: the name is none that `tether.names.check_name` takes.
     """
 
     name: str
@@ -50,6 +71,9 @@ class Delta:
     path: Path | None = None
     layers: tuple[int, ...] = ()
     sample: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -80,7 +104,7 @@ class Delta:
             "name": self.name,
             "chart": self.chart,
             "base": self.base,
-            "record": self.record,
+            "record": finite(self.record),
             "sample": list(self.sample),
         }
         write_safetensors(
@@ -99,8 +123,8 @@ class Delta:
             The delta.
 
         Raises:
-            CheckpointError: the file is missing, damaged, not a delta, or of a newer format, or its strengths or
-                its sample are out of bounds.
+            CheckpointError: the file is missing, damaged, not a delta, or of a newer format, or its name, its
+                strengths or its sample are out of bounds.
         """
         path = Path(path)
         reader = CheckpointReader(path)
@@ -109,58 +133,62 @@ class Delta:
             raise CheckpointError(
                 f"{path}: expected a delta file written by 'tether learn'; this is another safetensors"
             )
-        try:
-            described = json.loads(text)
-            known = (
-                described["format"],
-                described["name"],
-                described["chart"],
-                described["base"],
-                described["record"],
-            )
-        except (ValueError, KeyError, TypeError) as error:
+        content = parse_json(text, path)
+        if (
+            isinstance(content, dict)
+            and isinstance(content.get("format"), int)
+            and content["format"] > FORMAT
+        ):
             raise CheckpointError(
-                f"{path}: its description is damaged ({error}); take another copy"
-            ) from error
-        if not isinstance(known[0], int) or known[0] > FORMAT:
-            raise CheckpointError(
-                f"{path}: delta format {described['format']}, this tether reads up to {FORMAT}; update tether"
+                f"{path}: delta format {content['format']}, this tether reads up to {FORMAT}; update tether"
             )
-        check_carried(path, described["record"], described.get("sample", []))
-        tensors = {name: reader.tensor(name) for name in reader.names}
-        _check_tensors(path, tensors)
-        gated = "gate.center" in tensors
-        gate = Gate(**{name: tensors[f"gate.{name}"] for name in Gate._fields}) if gated else None
+        described = checked(_Described, content, path)
+        if described.chart not in CHARTS:
+            raise CheckpointError(
+                f"{path}: chart {described.chart!a}, expected one of {', '.join(CHARTS)}; take another copy"
+            )
+        check_carried(path, described.record, described.sample)
+        tensors = _tensors(path, reader, len(described.layers))
+        gate = None
+        if "gate.center" in tensors:
+            gate = Gate(**{name: tensors[f"gate.{name}"] for name in Gate._fields})
+            if wrong := gate_faults(gate):
+                raise CheckpointError(f"{path}: damaged, {wrong}; take another copy, or learn it again")
         return Delta(
-            name=described["name"],
-            chart=described["chart"],
+            name=described.name,
+            chart=described.chart,
             first=tensors.get("first"),
             second=tensors["second"],
             gate=gate,
-            base=described["base"],
-            record=described["record"],
+            base=described.base,
+            record=described.record,
             path=path,
-            layers=tuple(described.get("layers", ())),
-            sample=tuple(described.get("sample", ())),
+            layers=tuple(described.layers),
+            sample=tuple(described.sample),
         )
 
 
-def _check_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _tensors(path: Path, reader: CheckpointReader, layers: int) -> dict[str, Tensor]:
     gate = {f"gate.{name}" for name in Gate._fields}
-    found = set(tensors) - {"first"}
+    found, second = set(reader.names), reader.shape("second") if "second" in reader.names else ()
     wrong = None
-    if found not in ({"second"}, {"second"} | gate):
-        wrong = f"it holds {', '.join(sorted(tensors))}"
-    elif "first" in tensors and tensors["first"].shape != tensors["second"].shape:
-        wrong = (
-            f"its heads have the shapes {tuple(tensors['first'].shape)} and {tuple(tensors['second'].shape)}"
-        )
-    elif tensors["second"].dim() != 2:
-        wrong = f"its head has the shape {tuple(tensors['second'].shape)}"
-    elif odd := [name for name, value in tensors.items() if bool(value.isnan().any())]:
+    if found - {"first"} not in ({"second"}, {"second"} | gate):
+        wrong = f"it holds {', '.join(map(ascii, reader.names[:12]))}"
+    elif "first" in found and reader.shape("first") != second:
+        wrong = f"its heads have the shapes {reader.shape('first')} and {second}"
+    elif len(second) != 2 or 0 in second or second[1] % (1 + layers):
+        wrong = f"its head has the shape {second}, for {1 + layers} states to read"
+    elif odd := [name for name in reader.names if reader.dtype(name) not in DTYPES]:
+        wrong = f"{', '.join(odd)} is {reader.dtype(odd[0])}, expected one of {', '.join(DTYPES)}"
+    else:
+        tensors = {name: reader.tensor(name) for name in reader.names}
+        heads = [name for name in tensors if name in ("first", "second")]
+        odd = [name for name, value in tensors.items() if bool(value.isnan().any())]
+        odd += [name for name in heads if bool(tensors[name].isinf().any())]
+        if not odd:
+            return tensors
         wrong = f"{', '.join(odd)} holds values that are not numbers"
-    if wrong:
-        raise CheckpointError(
-            f"{path}: damaged, {wrong}; expected a head second, one of the same shape named first where scales change, "
-            "and all of a gate's tensors or none; take another copy, or learn it again"
-        )
+    raise CheckpointError(
+        f"{path}: damaged, {wrong}; expected a head second, one of the same shape named first where scales change, "
+        "and all of a gate's tensors or none; take another copy, or learn it again"
+    )

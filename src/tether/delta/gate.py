@@ -14,7 +14,7 @@ from tether.delta.source import spread
 from tether.delta.stage import fit_stage
 from tether.errors import ConfigError
 
-__all__ = ["WINDOW", "Gate", "describe_gates", "fit_gate", "put_gate", "take_gate"]
+__all__ = ["WINDOW", "Gate", "describe_gates", "fit_gate", "gate_faults", "put_gate", "take_gate"]
 
 WINDOW = 32
 RANK = 64
@@ -190,6 +190,31 @@ def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:
         "gate_rank": max(gate.whitening.shape[-2] for gate in gates),
         "gate_stages": max(1 if gate.center.dim() == 1 else len(gate.center) for gate in gates),
     }
+
+
+def gate_faults(gate: Gate) -> str | None:
+    """Tell what is wrong with a gate that was read from a file.
+
+    Args:
+        gate: its tensors.
+
+    Returns:
+        What does not fit together, or None.
+    """
+    shapes = {name: tuple(values.shape) for name, values in gate._asdict().items()}
+    center, whitening, threshold = (shapes[name] for name in ("center", "whitening", "threshold"))
+    fits = (
+        len(center) in (1, 2)
+        and len(whitening) == len(center) + 1
+        and (*whitening[:-2], whitening[-1]) == center
+        and len(threshold) == 1
+        and shapes["precision"] == (center[:-1] or (1,))
+    )
+    if not fits or 0 in (*center, *whitening, *threshold):
+        return f"its gate's tensors have the shapes {shapes}"
+    odd = [name for name, values in gate._asdict().items() if not values.is_floating_point()]
+    odd += [name for name, values in gate._asdict().items() if name not in odd and bool(values.isnan().any())]
+    return f"its gate's {', '.join(odd)} holds no numbers" if odd else None
 
 
 @torch.no_grad()

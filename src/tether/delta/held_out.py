@@ -193,7 +193,7 @@ def _written(windows: Windows, number: int, tokenizer: Any) -> str:
 
 
 def _cut(text: str, size: int) -> str:
-    data = text.encode()
+    data = text[: size + 1].encode()
     if len(data) <= size:
         return text.strip()
     short = data[:size].decode(errors="ignore")

@@ -48,10 +48,10 @@ def fit_delta(
 
     A part of the domain's text is kept aside first. On the rest domain NLL is minimised subject to drift on base
     text at most the budget: dual ascent on a multiplier during the fit, then one factor on the delta so that the
-    drift *measured* on held-out base text is within 5 % below the budget. In metric `softmax` the constraint
-    inside the fit is the Fisher form, calibrated once by a measured KL on the way. A hard budget is met on every
-    training context instead. Last, the share of that factor is taken that has the least loss on the part kept
-    aside; it is never more than the whole, so the drift stays within the budget.
+    drift *measured* on held-out base text is below the budget, within 5 % where a factor gives that. In metric
+    `softmax` the constraint inside the fit is the Fisher form, calibrated once by a measured KL on the way. A hard
+    budget is met on every training context instead. Last, the share of that factor is taken that has the least loss on
+    the part kept aside; it is never more than the whole, so the drift stays within the budget.
 
     Cost: epochs x tokens x (candidates + sampled) x C for the loss, probe x V x C for each of two or three
     full-softmax measurements of the drift, and `MEASURED` x V x C for each of four to seven of the loss.
@@ -261,10 +261,9 @@ def learn_delta(
         model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate
     )
     layers = feature_layers(model, fit.features)
-    with states_of(model, material.windows, cache_folder, layers=layers, on_step=on_step) as states:
-        domain, base, held_out = states
-        anchor = anchor_text(model, base, held_out)
-        delta = fit_delta(model, domain, anchor, material.name, fit, on_step)
+    domain, base, held_out = states_of(model, material.windows, cache_folder, layers=layers, on_step=on_step)
+    anchor = anchor_text(model, base, held_out)
+    delta = fit_delta(model, domain, anchor, material.name, fit, on_step)
     delta.record["texts"] = material.hashes
     delta.record["window"] = window
     if not sample:

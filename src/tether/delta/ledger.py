@@ -22,13 +22,15 @@ from tether.delta.regret import account_figures
 from tether.delta.shares import shares
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, ConfigError
-from tether.store.documents import read_documents
+from tether.store.documents import documents_of
 from tether.theory.bounds import K_INF, fused_drift_bound
 
 __all__ = ["Allowance", "check_allowance", "keep_ledger", "room"]
 
 ROWS = 64
 """Contexts whose deltas are held at once."""
+PAIRED = 8
+"""Up to so many domains each pair is accounted for; of more, each domain beside the rest, so that cost is linear."""
 
 
 class Allowance(NamedTuple):
@@ -74,8 +76,7 @@ def keep_ledger(
 ) -> dict[str, Any]:
     """Account for the drift of a fused model on a text.
 
-    Cost: one backbone pass; for N deltas and n contexts N^2 n C for what pairs do to each other, everything
-    else linear in N.
+    Cost: one backbone pass; for N deltas and n contexts about 10 N n C, and up to `PAIRED` deltas N^2 n C for pairs.
 
     Args:
         fused: a fused model.
@@ -93,7 +94,8 @@ def keep_ledger(
 
         - `domains`: for each its weight, budget, how often its gate is open, `alone` (its drift at its weight),
           `share` (they add up to the fusion's drift), `removal` (by how much its removal lowers the drift);
-        - `interactions`: for each pair what both together drift beyond the sum of each alone;
+        - `interactions`: for each pair what both together drift beyond the sum of each alone; of more than `PAIRED`
+          domains, for each what all drift beyond the sum of it alone and of the rest without it;
         - `total`: `allowed` (the a-priori bound), `measured`, `ratio`, and `leashed`, what is left on a leash;
         - `budgets`: the same from the budgets alone, see `tether.delta.planned`, or None;
         - `charts`: allowed, measured and ratio, had the deltas been added in that chart, without a leash;
@@ -110,8 +112,7 @@ def keep_ledger(
         raise CertificateError("the model has no fused deltas: expected one made by 'tether fuse'")
     if next_drift is not None and not next_drift >= 0:
         raise ConfigError(f"another delta of drift {next_drift}: expected nats, >= 0")
-    documents = read_documents(text) if isinstance(text, str | Path) else list(text)
-    windows = window_text(documents, reader(fused, tokenizer), length=window, tokens=tokens)
+    windows = window_text(documents_of(text), reader(fused, tokenizer), length=window, tokens=tokens)
     if isinstance(fusion, Mixture):
         if next_drift is not None:
             raise ConfigError(
@@ -150,11 +151,7 @@ def keep_ledger(
             }
             for row, name in enumerate(names)
         },
-        "interactions": {
-            f"{names[a]} + {names[b]}": mean["pairs"][a][b] - mean["alone"][a] - mean["alone"][b]
-            for a in range(len(names))
-            for b in range(a + 1, len(names))
-        },
+        "interactions": _interactions(names, mean),
         "total": {**_ratio(mean["allowed"], total), "leashed": measured["latent"]},
         "budgets": budget_figures({**described, "leash": None}, total),
         "charts": {
@@ -166,6 +163,18 @@ def keep_ledger(
         "allowance": allowance,
         "room": min((room(total, limit, fusion.chart) for limit in limits), default=None),
         "next": None if next_drift is None else {"drift": next_drift, "allowed": mean["next"]},
+    }
+
+
+def _interactions(names: Sequence[str], mean: dict[str, Any]) -> dict[str, float]:
+    alone = mean["alone"]
+    if "pairs" not in mean:
+        left = mean["total"] - torch.tensor(alone, dtype=torch.float64) - torch.tensor(mean["without"])
+        return {f"{name} + the rest": nats for name, nats in zip(names, left.tolist(), strict=True)}
+    return {
+        f"{names[a]} + {names[b]}": mean["pairs"][a][b] - alone[a] - alone[b]
+        for a in range(len(names))
+        for b in range(a + 1, len(names))
     }
 
 
@@ -196,43 +205,52 @@ def _accumulate(fused: Any, fusion: Fusion, windows: Windows, next_drift: float 
         states = hidden_states(fused, batch, fusion.layers)
         gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
         # Under softmax gates the others take over what a domain leaves.
-        left = fusion.gates_without(states, batch.mask)[..., batch.mask]
-        parts = zip(states[batch.mask].split(ROWS), gates.split(ROWS, 1), left.split(ROWS, 2), strict=True)
+        left = fusion.gates_without_largest(states, batch.mask)
+        inside = torch.zeros_like(gates) if left is None else left[..., batch.mask]
+        parts = zip(states[batch.mask].split(ROWS), gates.split(ROWS, 1), inside.split(ROWS, 1), strict=True)
         for part, open_gates, others in parts:
             x, y = fusion.deltas(part)
-            weights, remaining = (
-                torch.tensor(fusion.weights).unsqueeze(-1) * g for g in (open_gates, others)
-            )
-            for name, value in _contexts(fusion, x, y, weights, remaining, next_drift).items():
+            rest = None if left is None else others
+            for name, value in _contexts(fusion, x, y, open_gates, rest, next_drift).items():
                 sums[name] = sums.get(name, 0) + value
             sums["gates"] = sums.get("gates", 0) + open_gates.double().sum(-1)
     return sums
 
 
 def _contexts(
-    fusion: Fusion, x: Tensor, y: Tensor, weights: Tensor, remaining: Tensor, next_drift: float | None
+    fusion: Fusion, x: Tensor, y: Tensor, gates: Tensor, left: Tensor | None, next_drift: float | None
 ) -> dict[str, Tensor]:
-    chart = fusion.chart
+    chart, strengths = fusion.chart, torch.tensor(fusion.weights, dtype=torch.float64).unsqueeze(-1)
     of_bound = bound_chart(chart, fusion.location_only)
     first, second = to_chart(x, y, chart)
-    scaled = [part.double() * weights.double().unsqueeze(-1) for part in (first, second)]
+    weights = strengths * gates.double()
+    scaled = [part.double() * weights.unsqueeze(-1) for part in (first, second)]
 
     def moved(a: Tensor, b: Tensor) -> Tensor:
-        return drift(*from_chart(a, b, chart)).sum(-1).sum(-1)
+        return drift(*from_chart(a, b, chart)).sum(-1)
 
     own, nats = shares(first, second, weights, chart)
     alone = drift(x, y).double().sum(-1)
-    pairs = torch.stack([moved(*(part + part[row] for part in scaled)) for row in range(len(x))])
+    rest = [part.sum(0) - part for part in scaled]
+    if left is None:
+        without = moved(*rest)
+    else:
+        # The gates of the others add up to 1 again; after the largest one they are those without it.
+        largest = gates.argmax(0, keepdim=True)
+        growth = 1 / (1 - gates.double().scatter(0, largest, 0.0)).unsqueeze(-1)
+        without = moved(*(part * growth for part in rest))
+        last = [torch.einsum("mnc,mn->nc", part.double(), strengths * left) for part in (first, second)]
+        without = without.scatter(0, largest, moved(*last).unsqueeze(0))
     found = {
         "shares": own.sum(-1),
         "total": nats.sum(),
-        "alone": moved(*scaled),
-        "without": torch.stack(
-            [moved(*(row.unsqueeze(0) for row in _added(first, second, w)))[0] for w in remaining]
-        ),
-        "pairs": pairs,
+        "alone": moved(*scaled).sum(-1),
+        "without": without.sum(-1),
         "allowed": fused_drift_bound(alone, weights, of_bound).sum(),
     }
+    if len(x) <= PAIRED:
+        pairs = [moved(*(part + part[row] for part in scaled)).sum(-1) for row in range(len(x))]
+        found["pairs"] = torch.stack(pairs)
     if next_drift is not None:
         # The fusion counts as one delta that drifts as measured, which is less than its bound.
         both = torch.stack([nats, torch.full_like(nats, next_drift)])
@@ -244,10 +262,6 @@ def _contexts(
         fused = [(part.double() * weights.double().unsqueeze(-1)).sum(0) for part in parts]
         drifts.append(drift(*from_chart(fused[0], fused[1], other)).sum())
     return found | {"allowed_in": torch.stack(bounds), "total_in": torch.stack(drifts)}
-
-
-def _added(first: Tensor, second: Tensor, weights: Tensor) -> list[Tensor]:
-    return [torch.einsum("mnc,mn->nc", part.double(), weights.double()) for part in (first, second)]
 
 
 def check_allowance(
@@ -285,8 +299,7 @@ def check_allowance(
         raise ConfigError(
             f"a budget of {limit.nats} in {limit.metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
         )
-    documents = read_documents(text) if isinstance(text, str | Path) else list(text)
-    windows = window_text(documents, reader(fused, tokenizer), length=window, tokens=tokens)
+    windows = window_text(documents_of(text), reader(fused, tokenizer), length=window, tokens=tokens)
     mean = _measured(fused, windows, on_step)[limit.metric]
     if not mean <= limit.nats:
         raise CertificateError(

@@ -1,17 +1,17 @@
 """The texts of a fit: read, cut and checked before anything is computed, then their states."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tether.delta.cache import StateCache, cached
+from tether.delta.cache import StateCache
 from tether.delta.gate import check_windows
-from tether.delta.shards import together
+from tether.delta.shards import cached, read_states, together
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import ConfigError
-from tether.store.documents import read_documents, text_hash
+from tether.names import check_name
+from tether.store.documents import cut_documents, documents_of, text_hash
+from tether.store.place import check_place
 
 __all__ = ["HELD_OUT", "Material", "gather", "states_of"]
 
@@ -64,18 +64,14 @@ def gather(
         The material.
 
     Raises:
-        ConfigError: a text missing, empty or shorter than one context, too few windows for a gate, or a model that
-            is fused already.
+        ConfigError: a text missing, empty or shorter than one context, too few windows for a gate, a name that is
+            none for a domain, or a model that is fused already.
     """  # noqa: DOC502 - raised by what it calls
     _check_plain(model)
-    own, base = (read_documents(t) if isinstance(t, str | Path) else list(t) for t in (texts, base_texts))
-    if len(base) == 1:
-        at = round((1 - HELD_OUT) * len(base[0]))
-        at = max(base[0].rfind(" ", 0, at), base[0].rfind("\n", 0, at)) + 1 or at
-        first, second = [base[0][:at]], [base[0][at:]]
-    else:
-        cut = max(1, round(len(base) * (1 - HELD_OUT)))
-        first, second = base[:cut], base[cut:]
+    called = name or (Path(texts).stem if isinstance(texts, str | Path) else "domain")
+    check_name(called)
+    own, base = documents_of(texts), documents_of(base_texts)
+    first, second = cut_documents(base, 1 - HELD_OUT)
     parts = {
         "the domain text": own,
         f"the base text's part for the fit ({1 - HELD_OUT:.0%} of it)": first,
@@ -83,14 +79,13 @@ def gather(
     }
     tokenizer = reader(model, tokenizer)
     domain, fitted, held_out = (
-        window_text(part, tokenizer, length=window, tokens=tokens, name=called)
-        for called, part in parts.items()
+        window_text(part, tokenizer, length=window, tokens=tokens, name=part_name)
+        for part_name, part in parts.items()
     )
     if gate:
         check_windows(len(domain.starts) - 1)
-    called = Path(texts).stem if isinstance(texts, str | Path) else "domain"
     hashes = {"domain": text_hash(own), "base": text_hash(base)}
-    return Material(name or called, (domain, fitted, held_out), hashes, own)
+    return Material(called, (domain, fitted, held_out), hashes, own)
 
 
 # What is learnt stands on a base, whose logits are a linear map of U.
@@ -103,7 +98,6 @@ def _check_plain(model: Any) -> None:
         )
 
 
-@contextmanager
 def states_of(
     model: Any,
     windows: Sequence[Windows],
@@ -111,17 +105,17 @@ def states_of(
     *,
     layers: Sequence[int] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
-) -> Iterator[list[StateCache]]:
+) -> list[StateCache]:
     """Compute the states of some texts, or find them.
 
     Args:
         model: the base.
         windows: the texts.
-        cache_folder: where states are kept; None keeps them as long as the context lasts.
+        cache_folder: where states are kept for the next fit; None keeps them for this process alone.
         layers: middle layers beside the last.
         on_step: called with `done` and `total` tokens of the text that is read.
 
-    Yields:
+    Returns:
         The caches in that order.
 
     Raises:
@@ -131,6 +125,8 @@ def states_of(
         raise ConfigError(
             "several processes share the states they compute: name a folder for them (--cache, cache_folder)"
         )
-    with tempfile.TemporaryDirectory(prefix="tether-") as temporary:
-        folder = Path(cache_folder) if cache_folder else Path(temporary)
-        yield [cached(model, text, folder, layers=layers, on_step=on_step) for text in windows]
+    if cache_folder:
+        folder = Path(cache_folder)
+        check_place(folder / "states")
+        return [cached(model, text, folder, layers=layers, on_step=on_step) for text in windows]
+    return [read_states(model, text, layers=layers, on_step=on_step) for text in windows]

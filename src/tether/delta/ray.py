@@ -119,7 +119,7 @@ class Ray:
         return len(self.some.states if self.budget.metric == "softmax" else self.anchor.probe.states)
 
     def meet(self) -> Met:
-        """Find the factor at which the measured drift is within 5 % below the budget.
+        """Find the factor at which the measured drift is below the budget, within 5 % if there is one.
 
         Returns:
             The factor and the drift there; see `tether.scale.meet_budget`.

@@ -5,11 +5,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from tether.errors import CertificateError, ConfigError
+from tether.causal.description import check_description
+from tether.errors import CertificateError, CheckpointError, ConfigError, TetherError
+from tether.names import inside
+from tether.reading import Strict, checked, parse_json, read_bytes, read_json
 from tether.store.publish import write_json
 
 __all__ = [
@@ -85,7 +88,7 @@ class Certificate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = Field(ge=1, le=SCHEMA_VERSION)
+    schema_version: StrictInt = Field(ge=1, le=SCHEMA_VERSION)
     versions: dict[str, str]
     model: dict[str, Any]
     fusion: dict[str, Any]
@@ -186,6 +189,28 @@ class Settings:
             )
 
 
+class _Settings(Strict):
+    """What a certificate's settings may be."""
+
+    window: int = Field(2, ge=2, le=2**20)
+    tokens: int | None = Field(None, ge=1, le=2**40)
+    per_document: int | None = Field(None, ge=1, le=2**40)
+    quantile: float = Field(0.5, gt=0, lt=1)
+    confidence: float = Field(0.5, gt=0, lt=1)
+    continuations: int = Field(0, ge=0, le=2**20)
+    continuation_tokens: int = Field(1, ge=1, le=2**20)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class _Written(Strict):
+    """What a certificate says that the model wrote; its figures are compared with those of `verify`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ids: list[list[Annotated[int, Field(ge=0, lt=2**62)]]]
+    values: list[list[float]] | None = None
+
+
 def read(path: str | Path) -> Certificate:
     """Read a certificate.
 
@@ -198,17 +223,11 @@ def read(path: str | Path) -> Certificate:
     Raises:
         CertificateError: it is missing, not JSON, of a newer schema, or has wrong fields.
     """
-    path = Path(path)
     try:
-        return Certificate.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return checked(Certificate, read_json(path), path)
+    except CheckpointError as error:
         raise CertificateError(
-            f"{path}: no such file; expected a certificate written by 'tether certify'"
-        ) from error
-    except (OSError, ValueError) as error:
-        details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise CertificateError(
-            f"{path}: not a certificate of schema {SCHEMA_VERSION} or below ({details}); certify again"
+            f"{error}: not a certificate of schema {SCHEMA_VERSION} or below; expected one written by 'tether certify'"
         ) from error
 
 
@@ -236,15 +255,25 @@ def check_fields(certificate: Certificate) -> None:
     for where, part, fields in parts:
         for key, kind in fields.items():
             if not isinstance(part.get(key), kind):
-                raise CertificateError(f"{where}.{key}: {part.get(key)!r}, expected a {kind.__name__}")
+                raise CertificateError(f"{where}.{key}: {part.get(key)!a:.80}, expected a {kind.__name__}")
         if unknown := part.keys() - fields.keys():
             raise CertificateError(f"{where}: unknown fields {sorted(unknown)}, expected {sorted(fields)}")
     if not certificate.texts or not certificate.model["files"]:
         raise CertificateError("no texts or no files of the model: expected at least one of each to check")
     try:
-        Settings(**certificate.settings)
-    except (TypeError, ConfigError) as error:
-        raise CertificateError(f"settings: {error}") from error
+        for file in certificate.model["files"]:
+            inside(Path("model"), file)
+        checked(_Settings, certificate.settings, "settings")
+        check_description(certificate.fusion)
+        for name, row in certificate.figures.items():
+            if "continuations" in row:
+                written = checked(_Written, row["continuations"], f"figures.{name}.continuations")
+                if len({len(ids) for ids in (*written.ids, *(written.values or written.ids))}) > 1:
+                    raise CertificateError(f"figures.{name}.continuations: texts of different lengths")
+                if "values" in row["continuations"] and len(written.values or ()) != len(written.ids):
+                    raise CertificateError(f"figures.{name}.continuations.values: not one for each of ids")
+    except (CheckpointError, ConfigError) as error:
+        raise CertificateError(str(error)) from error
 
 
 def is_certificate(path: Path) -> bool:
@@ -259,7 +288,8 @@ def is_certificate(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
+        text = read_bytes(path)
+        content = parse_json(text, path) if b'"seal"' in text else None
+    except TetherError:
         return False
     return isinstance(content, dict) and {"seal", "claims", "figures"} <= content.keys()

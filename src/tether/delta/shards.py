@@ -1,24 +1,38 @@
-"""States of a long text in parts: written by one process or several, taken up again where they stopped."""
+"""The states of a text in small parts: found, written by one process or several, and taken up where they stopped."""
 
+import hashlib
+import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from tether.delta.cache import ShardedStates, StateCache, cache_states, load_states
+from tether.delta.cache import StateCache, backbone_print, cache_states, compute_states, load_states
+from tether.delta.sharded import ShardedStates
 from tether.delta.windows import Windows
 from tether.errors import CheckpointError, ConfigError
 
-__all__ = ["PART_TOKENS", "cache_shards", "load_shards", "together"]
+__all__ = [
+    "PART_TOKENS",
+    "cache_shards",
+    "cached",
+    "load_shards",
+    "read_states",
+    "together",
+]
 
-PART_TOKENS = 262_144
-"""Tokens of a part: 300 MB of states at width 576."""
-LEAST_PARTS = 4
-"""Parts for each process at least, so that none waits long for another."""
+logger = logging.getLogger(__name__)
+
+PARTS = 32
+"""Parts of a text at least, as far as its windows allow: whoever is stopped loses one of them."""
+PART_TOKENS, PART_BYTES = 16_384, 64 * 2**20
+"""Tokens, and bytes of states, of a part at most, give or take a window."""
 
 
 def together() -> int:
@@ -57,6 +71,104 @@ def cut(windows: Windows, tokens: int) -> list[Windows]:
     return parts
 
 
+def part_tokens(model: Any, windows: Windows, layers: Sequence[int] = ()) -> int:
+    """Tell how many tokens of a text go into a part: it depends on nothing but the text and the width of its states.
+
+    Args:
+        model: a CausalQwenForCausalLM.
+        windows: the text.
+        layers: middle layers that are kept beside the last.
+
+    Returns:
+        The number, >= 1.
+    """
+    width = 2 * int(model.abduction.loc.in_features) * (1 + len(layers))
+    return max(1, min(PART_TOKENS, PART_BYTES // width, math.ceil(len(windows.input_ids) / PARTS)))
+
+
+def cached(
+    model: Any,
+    windows: Windows,
+    folder: Path,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> StateCache:
+    """Reuse the states of a text as far as this folder has them for this base, and compute the others.
+
+    Args:
+        model: the base.
+        windows: the text.
+        folder: where caches are kept, a folder for each text, base and choice of layers.
+        layers: middle layers to keep beside the last.
+        on_step: called with `done` and `total` tokens of what is computed.
+
+    Returns:
+        The cache.
+    """
+    # States of a model in half precision are not those of the same model in single precision.
+    digest = hashlib.sha256(f"{backbone_print(model)} {model.action.weight.dtype}".encode())
+    for values in windows:
+        digest.update(b"" if values is None else values.numpy().tobytes())
+    if windows.numeric_values is not None:
+        digest.update(model.numeric.direction.detach().cpu().float().numpy().tobytes())
+    if layers:
+        digest.update(repr(tuple(layers)).encode())
+    own = folder / f"states-{digest.hexdigest()[:16]}"
+    # Every part was checked, or was written just now.
+    return load_shards(cache_shards(model, windows, own, layers=layers, on_step=on_step), check=False)
+
+
+def read_states(
+    model: Any,
+    windows: Windows,
+    *,
+    layers: Sequence[int] = (),
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> StateCache:
+    """Compute the states of a text for this process alone.
+
+    They lie in a file without a name, memory-mapped: it goes with the process, however that ends.
+
+    Args:
+        model: the base.
+        windows: the text.
+        layers: middle layers to keep beside the last.
+        on_step: called with `done` and `total` tokens.
+
+    Returns:
+        The states, the same to the last bit as those of `cached`.
+
+    Raises:
+        CheckpointError: the disk is full, or a state does not fit float16.
+    """
+    width, total, done = 0, len(windows.input_ids), 0
+    with tempfile.TemporaryFile(prefix="tether-") as stream:
+        for part in cut(windows, part_tokens(model, windows, layers)):
+            states = compute_states(model, part, layers=layers, on_step=_after(done, total, on_step))
+            done, width = done + len(states), states.shape[1]
+            try:
+                stream.write(states.numpy().data)
+                stream.flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{tempfile.gettempdir()}: no room for {2 * total * width} bytes of states ({error.strerror}); "
+                    "free some space, or name a folder for them (--cache, cache_folder)"
+                ) from error
+        mapped = np.memmap(stream, dtype=np.float16, mode="c", shape=(total, width))
+    return StateCache(windows, torch.from_numpy(mapped), backbone_print(model), tuple(layers))
+
+
+def _after(
+    before: int, total: int, on_step: Callable[[dict[str, float]], None] | None
+) -> Callable[[dict[str, float]], None]:
+    def report(step: dict[str, float]) -> None:
+        if on_step:
+            on_step({"done": before + step["done"], "total": total})
+
+    return report
+
+
 def cache_shards(
     model: Any,
     windows: Windows,
@@ -66,64 +178,75 @@ def cache_shards(
     tokens: int | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> Path:
-    """Compute the states of a text part by part; parts that are there are left alone.
+    """Compute the states of a text part by part; parts that are there and whole are left alone.
 
     Under `accelerate launch` or `torchrun` every process calls this; each computes its share of the parts,
     and all return when the last part is there. A part appears whole or not at all, so whoever was stopped
-    begins again at the first missing part.
+    begins again at the first missing part. Every part that is there is read and compared with its checksum and with
+    the text; what is damaged, or of another text or base, is computed again with a warning.
 
     Args:
         model: a CausalQwenForCausalLM; its fusion, if any, is not used.
         windows: the text; the same in every process.
         folder: of this text, base and choice of layers alone.
         layers: middle layers to keep beside the last.
-        tokens: of a part; None takes `PART_TOKENS`, or less where several processes share a short text. A
-            folder that was begun must be gone on with by the same number, and so by as many processes.
-        on_step: called with `done` and `total` tokens of this process' own parts.
+        tokens: of a part; None takes what `part_tokens` says.
+        on_step: called with `done` and `total` tokens of this process' own parts. What was said to be done is not lost
+            but for the part in work.
 
     Returns:
         The folder, for `load_shards`.
 
     Raises:
-        ConfigError: several processes without accelerate, or a folder begun with parts of another size.
-        CheckpointError: a state does not fit float16.
+        ConfigError: several processes without accelerate.
+        CheckpointError: a state does not fit float16, or the disk is full.
     """  # noqa: DOC502 - CheckpointError is raised by cache_states
     world, rank, wait = _processes()
-    if tokens is None:
-        tokens = min(PART_TOKENS, max(1, math.ceil(len(windows.input_ids) / (LEAST_PARTS * world))))
-        tokens = PART_TOKENS if world == 1 else tokens
-    there = sorted(folder.glob("part-*.safetensors"))
-    if there and len(there) == int(there[0].stem.rpartition("-of-")[2]):
-        wait()
-        return folder  # complete, whoever cut it: the folder's name is a hash of the text
-    parts = cut(windows, tokens)
+    parts = cut(windows, tokens or part_tokens(model, windows, layers))
     names = [folder / f"part-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    if foreign := set(there) - set(names):
-        raise ConfigError(
-            f"{folder}: begun with other parts ({min(foreign).name}), now {len(parts)} are expected; go on with as "
-            "many processes as before, or remove the folder"
-        )
-    missing = [(part, name) for part, name in zip(parts, names, strict=True) if not name.is_file()]
+    expected, base = dict(zip(names, parts, strict=True)), backbone_print(model)
+    for name in sorted(folder.glob("part-*.safetensors"))[rank::world]:
+        if fault := _fault(name, expected.get(name), base, tuple(layers)):
+            logger.warning("%s; it is computed again", fault)
+            name.unlink(missing_ok=True)
+    wait()
+    missing = [name for name in names if not name.is_file()]
     wait()  # all have looked before anyone writes, so that all agree on what is missing
     own = missing[rank::world]
-    done, total = 0, sum(len(part.input_ids) for part, _ in own)
-    for part, name in own:
-
-        def report(step: dict[str, float], before: int = done) -> None:
-            if on_step:
-                on_step({"done": before + step["done"], "total": total})
-
-        cache_states(model, part, name, layers=layers, on_step=report)
-        done += len(part.input_ids)
+    done, total = 0, sum(len(expected[name].input_ids) for name in own)
+    for name in own:
+        report = _after(done, total, on_step)
+        size = len(expected[name].input_ids)
+        cache_states(model, expected[name], name, layers=layers, on_step=_but_last(size, report))
+        report({"done": size})
+        done += size
     wait()
     return folder
 
 
-def load_shards(folder: Path) -> StateCache:
+# The last batch of a part counts as done once the part is there.
+def _but_last(size: int, report: Callable[[dict[str, float]], None]) -> Callable[[dict[str, float]], None]:
+    return lambda step: report(step) if step["done"] < size else None
+
+
+def _fault(name: Path, text: Windows | None, base: str, layers: tuple[int, ...]) -> str | None:
+    try:
+        part = load_states(name)
+    except CheckpointError as error:
+        return str(error)
+    same = text is not None and all(
+        own is its is None or (own is not None and its is not None and torch.equal(own, its))
+        for own, its in zip(part.windows, text, strict=True)
+    )
+    return None if same and (part.base, part.layers) == (base, layers) else f"{name}: not a part of this text"
+
+
+def load_shards(folder: Path, *, check: bool = True) -> StateCache:
     """Open states kept in parts.
 
     Args:
         folder: written by `cache_shards`.
+        check: whether to compare each part with its checksum, which reads all of it.
 
     Returns:
         The text as a whole; states stay on disk until rows of them are asked for.
@@ -137,7 +260,7 @@ def load_shards(folder: Path) -> StateCache:
         raise CheckpointError(
             f"{folder}: {len(names)} of {promised or 'no'} parts are there; run the caching again to go on with it"
         )
-    parts = [load_states(name) for name in names]
+    parts = [load_states(name, check=check) for name in names]
     if len({(part.base, part.layers) for part in parts}) > 1:
         raise CheckpointError(
             f"{folder}: its parts are of several bases or layers; remove it and cache again"

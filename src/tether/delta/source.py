@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tether.delta.basis import Basis
-from tether.delta.cache import ShardedStates, StateCache
+from tether.delta.cache import StateCache
 from tether.delta.head import Reference
+from tether.delta.sharded import ShardedStates
 
 __all__ = ["Source", "reference", "set_aside", "spread"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tether.causal.losses import IGNORE
 from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
+from tether.store.documents import beginning
 
 __all__ = ["Batch", "Windows", "encode", "reader", "window_text"]
 
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 32
 """Windows of fewer tokens are left out, documents of fewer with a warning: they carry little loss and cost a row."""
+LETTERS = 8
+"""Characters a token that are read of a long document at first, when only so many tokens of it are wanted."""
+SEAM = 64
+"""Tokens before the end of a beginning that are not used: there it may be cut otherwise than within the document."""
 
 
 class Batch(NamedTuple):
@@ -109,6 +114,8 @@ def window_text(
 ) -> Windows:
     """Tokenise documents and cut them into windows that never cross a document.
 
+    Of a document that is longer than what `tokens` or `per_document` leaves to take, only a beginning is read.
+
     Args:
         documents: the documents in order.
         tokenizer: any transformers tokenizer, or the numeric one of a model that reads numbers (`reader`).
@@ -131,8 +138,10 @@ def window_text(
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
     pieces: list[tuple[int, list[int], list[float]]] = []
     total = skipped = read = 0
-    for number, document in enumerate(documents):
-        ids, values = encode(tokenizer, document)
+    for number in range(len(documents)):
+        wanted = [per_document * length] if per_document is not None else []
+        wanted += [tokens - total + length] if tokens is not None and not whole else []
+        ids, values = _encode_beginning(tokenizer, documents, number, min(wanted, default=None))
         cuts = [(ids[at : at + length], values[at : at + length]) for at in range(0, len(ids), length)]
         kept = [cut for cut in cuts if len(cut[0]) >= min(SHORTEST, length)][:per_document]
         read, skipped = read + 1, skipped + (not kept)
@@ -196,3 +205,22 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
         encoded = tokenizer(text)
         return list(encoded["input_ids"]), list(encoded["numeric_values"])
     return tokenizer(text, truncation=False, verbose=False)["input_ids"], []
+
+
+# A document's first tokens, at least as many as wanted, as they are in the whole document.
+def _encode_beginning(
+    tokenizer: Any, documents: Sequence[str], number: int, wanted: int | None
+) -> tuple[list[int], list[float]]:
+    if wanted is None:
+        return encode(tokenizer, documents[number])
+    characters = LETTERS * (wanted + SEAM)
+    while True:
+        text = beginning(documents, number, characters + 1)
+        if len(text) <= characters:
+            return encode(tokenizer, text)
+        # Where a word ends, the tokens before it know nothing of what follows.
+        space = max(text.rfind(" "), text.rfind("\n"))
+        ids, values = encode(tokenizer, text[:space] if 2 * space > characters else text)
+        if len(ids) - SEAM >= wanted:
+            return ids[:-SEAM], values[:-SEAM]
+        characters *= 2

@@ -14,13 +14,13 @@ from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.delta.account import account
 from tether.delta.budget import Budget
-from tether.delta.cache import cache_states, load_states
 from tether.delta.certificate import Settings, compose
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import Anchor, anchor_text, fit_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.regret import account_figures
+from tether.delta.shards import cache_shards, load_shards
 from tether.delta.summary import summarise
 from tether.delta.training import Fit
 from tether.delta.windows import window_text
@@ -77,14 +77,14 @@ class _Demo:
     @cached_property
     def anchor(self) -> Anchor:
         return anchor_text(
-            self.loaded[0], *(load_states(self.state_file(part)) for part in ("base", "base-held-out"))
+            self.loaded[0], *(load_shards(self.states(part)) for part in ("base", "base-held-out"))
         )
 
     def text(self, name: str) -> Path:
         return self.folder / "texts" / f"{name}.jsonl"
 
-    def state_file(self, name: str) -> Path:
-        return self.folder / "states" / f"{name}.safetensors"
+    def states(self, name: str) -> Path:
+        return self.folder / "states" / name
 
     def delta_file(self, name: str) -> Path:
         return self.folder / "deltas" / f"{name}.delta"
@@ -107,7 +107,7 @@ class _Demo:
         learnt = {}
         for name in DOMAINS:
             learnt[name] = run.stage(
-                f"learn-{name}", partial(self.learn, name), map(self.state_file, [name, *general])
+                f"learn-{name}", partial(self.learn, name), map(self.states, [name, *general])
             )
         deltas = [self.delta_file(name) for name in DOMAINS]
         run.stage("fuse", self.fuse, deltas)
@@ -154,14 +154,14 @@ class _Demo:
 
     def cache(self, name: str) -> tuple[list[Path], dict[str, Any]]:
         model, tokenizer = self.loaded
-        path = self.state_file(name)
+        path = self.states(name)
         windows = window_text(read_documents(self.text(f"{name}-train")), tokenizer, length=self.plan.window)
-        cache_states(model, windows, path, on_step=self.report_steps(f"reading {name}"))
+        cache_shards(model, windows, path, on_step=self.report_steps(f"reading {name}"))
         return [path], {"tokens": len(windows.input_ids)}
 
     def learn(self, name: str) -> tuple[list[Path], dict[str, Any]]:
         fit = Fit(budget=Budget(value=self.plan.budget, metric=self.plan.metric))
-        domain = load_states(self.state_file(name))
+        domain = load_shards(self.states(name))
         delta = fit_delta(
             self.loaded[0], domain, self.anchor, name, fit, self.report_steps(f"learning {name}")
         )

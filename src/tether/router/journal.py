@@ -35,9 +35,12 @@ class RouteJournal:
         if not self.path.parent.is_dir():
             raise ConfigError(f"{path}: no folder {self.path.parent}; make it first")
         if self.path.suffix == ".csv" and self.path.is_file():
-            first = self.path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+            with self.path.open(encoding="utf-8", errors="replace") as stream:
+                first = stream.readline(4096).strip()
             if first != ",".join(COLUMNS):
-                raise ConfigError(f"{path}: columns {first!r}, expected {','.join(COLUMNS)}; name a new file")
+                raise ConfigError(
+                    f"{path}: columns {first!a:.400}, expected {','.join(COLUMNS)}; name a new file"
+                )
 
     def append(self, step: int, report: dict[str, Any]) -> None:
         """Write one report.

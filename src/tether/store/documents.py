@@ -1,4 +1,4 @@
-"""Text on disk: one document a JSON line, or a plain file."""
+"""The documents of a text: given as a list, or in a file with one a JSON line or a single one."""
 
 import hashlib
 import json
@@ -6,16 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tether.errors import ConfigError
+from tether.store.opened import Plain, Text, counted, read_lines, read_plain
 from tether.store.publish import publish_file
 
-__all__ = ["JSON_LINES", "read_documents", "text_hash", "write_documents"]
+__all__ = [
+    "JSON_LINES",
+    "beginning",
+    "cut_documents",
+    "documents_of",
+    "read_documents",
+    "text_hash",
+    "write_documents",
+]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files with a JSON object a line, in any case of letters."""
 
 
-def read_documents(path: str | Path) -> list[str]:
-    """Read a text: JSON lines with a field `text` (one document a line), or a plain file (one document).
+def read_documents(path: str | Path) -> Text:
+    """Open a text: JSON lines with a field `text` (one document a line), or a plain file (one document).
 
     Args:
         path: a file of JSON lines by its suffix, see `JSON_LINES`, or any other file as UTF-8 text.
@@ -32,32 +41,64 @@ def read_documents(path: str | Path) -> list[str]:
             f"{path}: no such text file; expected JSON lines with a field 'text', or plain text"
         )
     try:
-        content = path.read_text(
-            encoding="utf-8-sig"
-        )  # with or without the mark that some editors begin a file with
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from error
-    if path.suffix.lower() not in JSON_LINES:
-        documents = [content]
-    else:
-        documents = []
-        for number, line in enumerate(content.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                document = "" + json.loads(line)["text"]  # a number is no text
-                document.encode()  # half a character (a lone surrogate) is none either
-                documents.append(document)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f'{path}, line {number}: expected a JSON object with a field "text"; got {line[:60]!r}'
-                ) from error
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+        with path.open("rb") as stream:
+            text = (read_lines if path.suffix.lower() in JSON_LINES else read_plain)(path, stream)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if text is None:
         raise ConfigError(f"{path}: the file holds no text; expected at least one document")
-    return documents
+    return text
+
+
+def documents_of(text: str | Path | Sequence[str]) -> Sequence[str]:
+    """Give the documents of a text, however it is named.
+
+    Args:
+        text: a file, an opened one, or the documents themselves.
+
+    Returns:
+        The documents; those of a file stay there until they are asked for.
+    """
+    if isinstance(text, str | Path):
+        return read_documents(text)
+    return text if isinstance(text, Text) else list(text)
+
+
+def beginning(documents: Sequence[str], number: int, characters: int) -> str:
+    """Read the beginning of a document, and of a file no more than that.
+
+    Args:
+        documents: the documents.
+        number: which.
+        characters: how many characters at most.
+
+    Returns:
+        The beginning.
+    """
+    if isinstance(documents, Text):
+        return documents.beginning(number, characters)
+    return documents[number][:characters]
+
+
+def cut_documents(documents: Sequence[str], share: float) -> tuple[Sequence[str], Sequence[str]]:
+    """Cut a text in two between documents, or at a word where it is only one.
+
+    Args:
+        documents: the documents.
+        share: of the first part, in (0, 1).
+
+    Returns:
+        Both parts; neither is without a document.
+    """
+    if isinstance(documents, Plain):
+        return documents.cut(share)
+    if len(documents) == 1:
+        (document,) = documents
+        at = round(share * len(document))
+        at = max(document.rfind(" ", 0, at), document.rfind("\n", 0, at)) + 1 or at
+        return [document[:at]], [document[at:]]
+    cut = max(1, round(len(documents) * share))
+    return documents[:cut], documents[cut:]
 
 
 def write_documents(path: Path, documents: Sequence[str]) -> None:
@@ -81,7 +122,9 @@ def text_hash(documents: Sequence[str]) -> str:
     Returns:
         `sha256:` and 64 hexadecimal digits.
     """
+    if isinstance(documents, Text) and documents.documents_hash is not None:
+        return documents.documents_hash
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(len(document.encode()).to_bytes(8, "little") + document.encode())
+        digest.update(counted(document.encode()))
     return f"sha256:{digest.hexdigest()}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from tether.errors import CheckpointError, ConfigError
 
-__all__ = ["check_free", "clean_stale", "publish_file", "publish_folder", "write_json"]
+__all__ = ["clean_stale", "publish_file", "publish_folder", "write_json"]
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
 _FILE = 0o666  # what a new file may have at most; the umask takes some of it away
@@ -302,37 +302,3 @@ def _remove(path: Path) -> None:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def check_file(path: str | Path) -> None:
-    """Refuse a file's name before any work is done for it.
-
-    Args:
-        path: where a new file shall go; missing parents are fine.
-
-    Raises:
-        ConfigError: it exists, or nothing can be written there.
-    """
-    path = Path(path).absolute()
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"{path} exists already: choose another name, or remove it")
-    above = next(parent for parent in path.parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        what = "cannot be written to" if above.is_dir() else "is not a folder"
-        raise ConfigError(f"{path}: {above} {what}; choose another place")
-
-
-def check_free(folder: str | Path) -> None:
-    """Refuse an output folder with content before any work is done for it.
-
-    Args:
-        folder: where a checkpoint shall go.
-
-    Raises:
-        ConfigError: it exists and is not an empty folder.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder} is not empty: expected a new or empty folder; choose another or remove it"
-        )

@@ -1,13 +1,15 @@
 """Cover a region by cells in each of which something is proved: branch and bound, with counts, resumable."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 from tether.errors import CheckpointError
+from tether.reading import Strict, checked, read_json
 from tether.store.publish import write_json
 
 __all__ = ["Cell", "Cover", "Prove", "cover", "merged"]
@@ -112,18 +114,28 @@ def merged(covers: Sequence[Cover]) -> Cover:
     return Cover(dict(proofs), sum(one.failures for one in covers), sum(one.cells for one in covers))
 
 
+class _State(Strict):
+    """What a cover has counted so far."""
+
+    key: str
+    done: Annotated[int, Field(ge=0)]
+    proofs: dict[str, Annotated[int, Field(ge=0)]]
+    failures: Annotated[int, Field(ge=0)]
+    cells: Annotated[int, Field(ge=0)]
+
+
 def _load(state: str | os.PathLike[str] | None, key: str) -> tuple[int, Counter[str], int, int]:
     if state is None or not Path(state).exists():
         return 0, Counter(), 0, 0
     try:
-        record: dict[str, Any] = json.loads(Path(state).read_text(encoding="utf-8"))
-        found = record["key"], record["done"], Counter(record["proofs"]), record["failures"], record["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = checked(_State, read_json(Path(state)), Path(state))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{state}: not a state of a branch and bound ({error}); delete it to start anew"
+            f"{error}: not a state of a branch and bound; delete it to start anew"
         ) from error
-    if found[0] != key:
+    if record.key != key:
         raise CheckpointError(
-            f"{state}: a state of '{found[0]}', expected '{key}': name another file, or delete it to start anew"
+            f"{state}: a state of {ascii(record.key)[:80]}, expected '{key}': name another file, or delete it to "
+            "start anew"
         )
-    return found[1:]
+    return record.done, Counter(record.proofs), record.failures, record.cells

@@ -1,0 +1,127 @@
+"""Exit codes: what became of a command, for the scripts that run it."""
+
+import io
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from tether._version import __version__
+from tether.cli.output import plain, tell
+from tether.errors import TetherError
+
+__all__ = ["DONE", "FAILED", "FAULT", "INTERRUPTED", "UNHEARD", "UNUSABLE", "run", "stop"]
+
+DONE = 0
+"""Done, or what was checked holds."""
+FAILED = 1
+"""What was checked does not hold."""
+UNUSABLE = 2
+"""What was given cannot be used: a file, an option, a place, or more than this machine has memory for."""
+FAULT = 3
+"""A fault of tether itself."""
+INTERRUPTED = 130
+"""Stopped by Ctrl-C, as shells say it (128 + 2)."""
+UNHEARD = 141
+"""Whoever read the output has gone, as shells say it (128 + 13)."""
+
+_FULL = ("can't allocate memory", "not enough memory", "out of memory")
+"""How torch says it, as a RuntimeError, on the various devices and systems."""
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command, and say on stderr what stopped it.
+
+    Args:
+        command: typer's application, which leaves by SystemExit, or anything else.
+
+    Returns:
+        One of the codes above.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A console of another encoding shows what it cannot show by its number.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            command()
+        except SystemExit as left:
+            return _left(left)
+        finally:
+            sys.stdout.flush()
+    except TetherError as error:
+        tell(str(error))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError:
+        return UNHEARD
+    except MemoryError:
+        return _full("no memory is left")
+    except OSError as error:
+        # Names too long, places that cannot be written to: what the system says is what can be said.
+        tell(f"{error.filename or 'the system'}: {error.strerror or error}; choose another name or place")
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _FULL):
+            return _full(str(error).splitlines()[0])
+        return _fault(error)
+    else:
+        return DONE
+    return UNUSABLE
+
+
+# Typer turns what ends a command into SystemExit, and keeps what it was as the context.
+def _left(left: SystemExit) -> int:
+    cause = left.__context__
+    if isinstance(cause, BrokenPipeError):
+        return UNHEARD
+    if isinstance(cause, typer.Abort):
+        tell("a question could not be answered; tether asks none: name a base that needs none")
+        return UNUSABLE
+    if left.code == INTERRUPTED:
+        return _interrupted()
+    if left.code == FAILED and not isinstance(cause, typer.Exit):
+        return _fault(left)  # a library left: no check has failed
+    return left.code if left.code in (DONE, FAILED, UNUSABLE) else _fault(left)
+
+
+def _interrupted() -> int:
+    tell("interrupted; no output is half written: start the same command again", "yellow")
+    return INTERRUPTED
+
+
+def _full(said: str) -> int:
+    tell(
+        f"out of memory ({said}); nothing is half written: take fewer tokens, a smaller base or half precision, or a "
+        "machine with more memory"
+    )
+    return UNUSABLE
+
+
+def _fault(error: BaseException) -> int:
+    lines = traceback.format_exception(error)
+    sys.stderr.write(plain("".join(lines)))
+    tell(
+        f"this is a fault of tether itself ({type(error).__name__}), not of what you gave it. Please report the lines "
+        f"above with the command that you typed; tether {__version__}, Python {platform.python_version()}, "
+        f"{platform.system()}"
+    )
+    return FAULT
+
+
+def stop(code: int) -> NoReturn:
+    """Leave with a code.
+
+    Args:
+        code: one of the above.
+
+    Raises:
+        SystemExit: always.
+    """
+    if code == UNHEARD:
+        # Python flushes stdout once more at the end, and would say that nobody reads it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(code)

@@ -1,0 +1,147 @@
+"""Exit codes and what a terminal is shown: each way that a command can end, through typer as `main` runs it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+
+import tiny
+from tether.cli.codes import run
+from tether.cli.output import emit, plain
+from tether.errors import CertificateError
+
+ESCAPE = "\x1b[2J\x9b31m\u202e"
+
+
+def ended(monkeypatch, capsys, body, *arguments):
+    """Run a function as a typer command; gives the code and what stands on stderr."""
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(body)
+    monkeypatch.setattr(sys, "argv", ["tether", *arguments])
+    code = run(app)
+    return code, capsys.readouterr().err
+
+
+def raising(error):
+    def body():
+        raise error
+
+    return body
+
+
+def allocating():
+    torch.empty(2**60)
+
+
+def asking():
+    input("a question")
+
+
+ENDS = {
+    "done": (lambda: None, 0, ""),
+    "does not hold": (raising(typer.Exit(1)), 1, ""),
+    "tether's own error": (raising(CertificateError("no seal")), 2, "tether: no seal"),
+    "the system": (
+        raising(OSError(28, "No space left", "a.delta")),
+        2,
+        "a.delta: No space left; choose another",
+    ),
+    "memory": (raising(MemoryError()), 2, "out of memory"),
+    "memory of torch": (allocating, 2, "out of memory"),
+    "memory of a device": (
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried")),
+        2,
+        "take fewer tokens",
+    ),
+    "a question": (asking, 2, "tether asks none"),
+    "Ctrl-C": (raising(KeyboardInterrupt()), 130, "start the same command again"),
+    "a library leaves": (raising(SystemExit(1)), 3, "Please report"),
+    "a library leaves with words": (raising(SystemExit("no licence")), 3, "no licence"),
+    "deep recursion": (raising(RecursionError("maximum recursion depth")), 3, "Please report"),
+    "a fault": (raising(KeyError("second")), 3, "KeyError: 'second'"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_way_to_end_has_its_code_and_a_sentence(monkeypatch, capsys, name):
+    body, expected, said = ENDS[name]
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: PTH123, SIM115 - closed with the test
+    code, err = ended(monkeypatch, capsys, body)
+    sys.stdin.close()
+    assert code == expected
+    assert said in err
+    assert bool(err) == (expected not in (0, 1))
+
+
+def test_a_wrong_option_is_input_that_cannot_be_used(monkeypatch, capsys):
+    code, err = ended(monkeypatch, capsys, lambda: None, "--nonsense")
+    assert code == 2
+    assert "--nonsense" in err
+
+
+def test_a_fault_says_what_to_report_and_sends_nothing_to_the_terminal(monkeypatch, capsys):
+    code, err = ended(monkeypatch, capsys, raising(KeyError(f"x{ESCAPE}")))
+    assert code == 3
+    assert "test_codes.py" in err  # where it happened
+    assert "Python 3." in err
+    assert not set("\x1b\x9b\u202e") & set(err)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_output_that_nobody_reads_is_neither_a_fault_nor_a_failed_check():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "tether.cli.app", "--version"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_text_from_files_cannot_steer_a_terminal(capsys):
+    emit({}, False, f"law{ESCAPE}\tvalue\nnext")
+    shown = capsys.readouterr().out
+    assert shown == "law\\u001b[2J\\u009b31m\\u202e\tvalue\nnext\n"
+    assert plain("naïve 法 \u200f") == "naïve 法 \u200f"
+
+
+def test_json_says_the_same_with_and_without_control_characters(capsys):
+    result = {"name": f"law{ESCAPE}\x7f\ud800", "half": [float("nan"), 1.5]}
+    emit(result, True, "")
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x9b\x7f\u202e\ud800") & set(shown)
+    assert json.loads(shown) == {"name": f"law{ESCAPE}\x7f\ud800", "half": [None, 1.5]}
+
+
+def test_an_error_about_a_file_shows_its_text_without_control_characters(tether, tmp_path):
+    (tmp_path / "cert.json").write_text(json.dumps({f"field{ESCAPE}": 1}), encoding="utf-8")
+    code, out, err = tether("verify", tmp_path / "cert.json")
+    assert code == 2
+    assert not set("\x1b\x9b\u202e") & set(out + err)
+
+
+def test_a_console_of_another_encoding_shows_a_number(monkeypatch):
+    command = [sys.executable, "-m", "tether.cli.app", "verify", "\u6cd5.json"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert b"\\u6cd5.json" in done.stderr
+
+
+def test_code_that_a_checkpoint_brings_is_not_run_and_nobody_is_asked(tether, tmp_path, monkeypatch):
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    parts = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = {"model_type": "its_own", "auto_map": parts}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "base" / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\ny\n"))  # what a hasty user would answer
+    code, out, err = tether("convert", tmp_path / "base", "--out", tmp_path / "model")
+    assert code == 2, err
+    assert "[y/N]" not in out + err
+    assert sys.stdin.read() == "y\ny\ny\n"
+    assert not (tmp_path / "ran").exists()
