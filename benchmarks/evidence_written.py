@@ -56,6 +56,7 @@ def rows(*, fast: bool) -> Iterator[Row]:
                 losses.append(_of_written(result.nll[0], len(text)))
             yield _row(f"{name}, {count} texts of {LENGTH} tokens", "loss under the own delta", *losses)
 
+
 def _begun(trial: Trial, documents: list[str], count: int) -> Tensor:
     windows = window_text(documents, trial.tokenizer, length=PROMPT)
     lengths = windows.starts.diff()

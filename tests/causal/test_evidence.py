@@ -795,7 +795,6 @@ def test_a_rule_is_read_back_and_an_older_one_is_what_it_was():
     assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0)
 
 
-
 def test_a_rule_out_of_range_is_refused():
     for base in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match="prior"):

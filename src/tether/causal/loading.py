@@ -148,7 +148,7 @@ def _check_local(path: str, name: str) -> None:
 
 def _from_pretrained(loader: Any, path: str, name: str, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(path, **options)
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:
         # safetensors, huggingface_hub and transformers raise a dozen types here; the user needs one sentence.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -163,7 +163,7 @@ def _mixture(
     base = resolve(model)
     windows = []
     if texts:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         # Before the copying: a text that is too short is found at once.
         windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
     result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
@@ -177,7 +177,7 @@ def _mixture(
         draft = Path(made) / "draft" if texts else out
         upcycle(base, parts, draft, top_k=TOP_K, on_step=report("copying experts"))
         if texts:
-            mixture = AutoModelForCausalLM.from_pretrained(draft)
+            mixture = AutoModelForCausalLM.from_pretrained(draft, trust_remote_code=False)
             kept = mixture.dtype
             # Taught in float32, where small steps are not rounded away, and published as it came.
             mixture.float()

@@ -83,10 +83,10 @@ def load_checkpoint(path: Path | str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        return loader.from_pretrained(path, dtype=torch.float32).eval()
+        return loader.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).eval()
     except Exception as error:
         # transformers raises a dozen types here; the user needs one sentence.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -285,7 +285,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

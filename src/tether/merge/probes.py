@@ -181,7 +181,9 @@ def load_reader(name: str, *, images: bool) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(resolve(name), dtype="auto").eval()
+        model = AutoModelForImageTextToText.from_pretrained(
+            resolve(name), trust_remote_code=False, dtype="auto"
+        ).eval()
         processor = AutoProcessor.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
         raise CheckpointError(

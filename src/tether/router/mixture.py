@@ -141,7 +141,7 @@ def upcycle(
     for folder in (base, *folders):
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; expected the folder of a checkpoint")
-    dense = AutoConfig.from_pretrained(base)
+    dense = AutoConfig.from_pretrained(base, trust_remote_code=False)
     config = mixture_config(dense, len(folders), top_k)
     target = TARGETS[dense.model_type]
     reader, readers = CheckpointReader(base), [CheckpointReader(folder) for folder in folders]
@@ -149,7 +149,7 @@ def upcycle(
     generator = torch.Generator().manual_seed(seed)
     with publish_folder(out) as folder:
         config.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
         for extra in ("generation_config.json",):
             if (base / extra).is_file():
                 (folder / extra).write_bytes((base / extra).read_bytes())
