@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tether.causal.dataset import make_examples, shuffled
 from tether.causal.action import Action
+from tether.causal.dataset import make_examples, shuffled
 from tether.causal.layers import Abduction
 from tether.causal.loading import load
 from tether.causal.losses import IGNORE, ovr_log_prob, ovr_loss, softmax_loss

@@ -299,7 +299,7 @@ def test_configs_that_do_not_fit_their_tensors():
     shapes |= {"layers.0.mlp.gate_proj.weight": (5, 6), "layers.0.self_attn.o_proj.weight": (6, 99)}
     with pytest.raises(CheckpointError, match=r"o_proj.weight \(6, 99\), expected \(6, 12\)"):
         sizes({"num_attention_heads": 4, "num_key_value_heads": 2}, shapes, "it")
-    with pytest.raises(CheckpointError, match="num_attention_heads None, .*positive whole numbers"):
+    with pytest.raises(CheckpointError, match=r"num_attention_heads None, .*positive whole numbers"):
         sizes({}, shapes, "it")
 
 
