@@ -88,7 +88,7 @@ def scored_alone(model, weighted, ids, **options):
 def gates_alone(model, weighted, ids, gated, hold=RULE.hold, given=None):
     """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T).
 
-    From the position `given` on the model wrote: who is awake there, or was at the end of the given text, stays.
+    From the position `given` on the model wrote: who was awake at the end of the given text stays, and nobody wakes.
     """
     found = [torch.ones_like(ids, dtype=torch.bool)]
     for delta in weighted:
@@ -100,7 +100,7 @@ def gates_alone(model, weighted, ids, gated, hold=RULE.hold, given=None):
             )
         held = [gate[:, max(0, t - hold) : t + 1].any(1) for t in range(ids.shape[1])]
         for t in range(ids.shape[1] if given is None else given, ids.shape[1]):
-            held[t] = gate[:, t] | (held[t - 1] if t else False)
+            held[t] = held[t - 1] if t else gate[:, t] & False
         found += [torch.stack(held, 1)] * len(delta.strengths)
     return torch.stack(found)
 

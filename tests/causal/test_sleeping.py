@@ -43,11 +43,12 @@ def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written):
             place = 0 if fresh == 0 or at == 0 else place + 1
             if place == 0:
                 now = [NEVER, NEVER]
-            stays = bool(hold) and written is not None and at >= written
-            now = [
-                0 if gate or (stays and known <= hold) else min(known + 1, NEVER)
-                for gate, known in zip((one, two), now, strict=True)
-            ]
+            if hold and written is not None and at >= written:
+                now = [0 if known <= hold else NEVER for known in now]
+            else:
+                now = [
+                    0 if gate else min(known + 1, NEVER) for gate, known in zip((one, two), now, strict=True)
+                ]
         expected.append(list(now))
         places.append(max(place, 0))
     opened = torch.tensor([[pair[:2] for pair in text]]) & torch.tensor([mask]).unsqueeze(-1)

@@ -9,9 +9,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
 import tiny
+from tether.causal import walk
 from tether.causal.evidence import Rule
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
+from tether.causal.sleeping import NEVER
 from tether.causal.walk import PROMPT, Reading
 from tether.delta.account import account
 from tether.delta.adapter import Adapter, Attached, lora_config
@@ -94,6 +96,8 @@ def by_hand(model, adapters, ids, *, gated=True, rule=RULE, written=None):
             awake[:, 1 + number] = torch.stack(
                 [near[max(0, t - rule.hold) : t + 1].any() for t in range(len(near))]
             )
+        if written is not None:
+            awake[written:] = awake[written - 1]
     prob = torch.stack([each.softmax(-1) for each in scores], 1)
     prior = torch.tensor([rule.prior] + [(1 - rule.prior) / len(adapters)] * len(adapters)).double()
     state = prior.repeat(len(rule.restarts), 1) / len(rule.restarts)
@@ -299,14 +303,14 @@ def test_caches_are_repeated_selected_and_reordered(served):
 def scripted(monkeypatch, pattern):
     """Let adapters be awake by place: pattern maps a place to the adapters awake there."""
 
-    def awake(self, states, mask, places, before=None):
-        found = torch.zeros(*mask.shape, len(self.domains), dtype=torch.bool)
+    def since(opened, mask, places, before=None, **_):
+        found = torch.full(opened.shape, NEVER)
         for row in range(len(mask)):
             for column, place in enumerate(places[row].tolist()):
-                found[row, column, list(pattern(row, place))] = True
-        return found & mask.unsqueeze(-1)
+                found[row, column, list(pattern(row, place))] = 0
+        return found
 
-    monkeypatch.setattr(AdapterMixture, "awake", awake)
+    monkeypatch.setattr(walk, "since_open", since)
     runs, run = [], Passes._run
 
     def counted(self, names, given, cache):

@@ -54,7 +54,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _of_text(name: str) -> property:
     def read(config: "CausalQwenConfig") -> Any:
-        return getattr(config.get_text_config(), name)
+        try:
+            return getattr(config.get_text_config(), name)
+        except RuntimeError as error:
+            # Layers differ (Gemma 4), so there is no one value, which `hasattr` has to see.
+            raise AttributeError(str(error)) from error
 
     def write(config: "CausalQwenConfig", value: Any) -> None:
         setattr(config.get_text_config(), name, value)

@@ -56,9 +56,10 @@ def since_open(
     """Count the tokens since each gate was open in the same text.
 
     A gate that closes for a few tokens in the middle of its domain would put the expert to sleep that has just earned
-    its weight (docs/log.md); so who is awake is decided by this count. On text that the model writes itself, a gate
-    that is open, or was within `hold` tokens, counts as open from there on: the gates judge text that came, and
-    would give up what the model writes to the base a little at a time.
+    its weight (docs/log.md); so who is awake is decided by this count. On text that the model writes itself it is
+    decided by the given text before it: who is awake at its end stays so, and nobody else wakes. Gates judge text that
+    came. On what the model writes they would hand a domain's text to the base little by little, and lead text that
+    nobody asked a domain for away from the base.
 
     Args:
         opened: which gates are open, shape (B, T, N), bool.
@@ -81,8 +82,8 @@ def since_open(
     if hold and written is not None and written < since.shape[1]:
         first = max(written, 0)
         held, at_held = (before, 0) if first == 0 else (since[:, :first], at[:, first - 1 : first])
-        counted = torch.where(opened[:, first:], at[:, first:], -NEVER).cummax(1).values
+        since[:, first:] = NEVER
         if held is not None and held.shape[1]:
-            counted = torch.maximum(counted, torch.where(held[:, -1:] <= hold, at_held, -NEVER))
-        since[:, first:] = torch.where(counted >= start[:, first:], 0, since[:, first:])
+            counted = torch.where(held[:, -1:] <= hold, at_held, -NEVER)
+            since[:, first:] = torch.where(counted >= start[:, first:], 0, NEVER)
     return since.int()
