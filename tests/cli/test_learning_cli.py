@@ -94,7 +94,7 @@ def test_learn_keeps_private_text_out_of_the_file_and_json_keeps_everything(work
     assert code == 0, err
     found = json.loads(out)
     assert found["sample"] == []
-    assert found["strengths"] == [0.5, 1.0]
+    assert found["strengths"] == [1.0]
     assert {
         "factor",
         "factor_budget",
