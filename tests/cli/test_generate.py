@@ -11,6 +11,7 @@ import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.numbers import NumericTokenizer
+from tether.cli.output import plain
 
 PROMPT = "Rate 12.50 of 3,000"
 
@@ -59,10 +60,10 @@ def expected(folder, prompt, numeric, **options):
     start = encoded["input_ids"].shape[1]
     ids = written["sequences"][0, start:]
     if not numeric:
-        return prompt + tokenizer.decode(ids, skip_special_tokens=True) + "\n", 0
+        return plain(prompt + tokenizer.decode(ids, skip_special_tokens=True)) + "\n", 0
     values = written["numeric_values"][0, start:]
     rest = tokenizer.decode(ids, values, skip_special_tokens=True, precision=6)
-    return prompt + rest + "\n", int((ids == 258).sum())
+    return plain(prompt + rest) + "\n", int((ids == 258).sum())
 
 
 def test_the_command_starts_in_a_process_of_its_own(work):
@@ -91,7 +92,7 @@ def test_a_model_without_numbers_reads_digits(work, text):
     greedy = tiny.backbone("qwen2").generate(
         **tiny.tokenizer()(PROMPT, return_tensors="pt"), max_new_tokens=12, do_sample=False, pad_token_id=257
     )
-    wanted = tiny.tokenizer().decode(greedy[0], skip_special_tokens=True) + "\n"
+    wanted = plain(tiny.tokenizer().decode(greedy[0], skip_special_tokens=True)) + "\n"
     assert text("plain", PROMPT) == text("base", PROMPT) == wanted
     noise = Noise.draw(1, 32, seed=0)
     assert (
