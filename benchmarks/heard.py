@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tether.causal import evidence
+from tether.causal.choice import choice, choice_gain
 from tether.causal.evidence import Rule
 
 __all__ = ["Heard", "by_evidence", "posterior"]
@@ -53,8 +54,8 @@ def by_evidence(
     if chooses:
         of_domain = torch.tensor(list(domains)).repeat_interleave(each)
         density = torch.cat([heard.density[:, :1], heard.density[:, of_domain]], dim=1)
-        choice = evidence.choice(density, awake)
-        gain = torch.cat([gain, evidence.choice_gain(gain, choice).unsqueeze(-1)], dim=1)
+        shares = choice(density, awake)
+        gain = torch.cat([gain, choice_gain(gain, shares).unsqueeze(-1)], dim=1)
         awake = torch.cat([awake, awake[:, 1:].any(-1, keepdim=True)], dim=1)
     found = torch.zeros(len(gain), dtype=torch.float64)
     for document in heard.documents.unique():

@@ -11,17 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from tether.causal.choice import choice, choice_gain, spread
 from tether.causal.evidence import (
     Rule,
     begin,
-    choice,
-    choice_gain,
     gains,
     prior,
     regret_allowed,
     scan,
     serve,
-    spread,
     target,
     update,
 )

@@ -28,14 +28,11 @@ from tether.errors import ConfigError
 __all__ = [
     "Rule",
     "begin",
-    "choice",
-    "choice_gain",
     "gains",
     "prior",
     "regret_allowed",
     "scan",
     "serve",
-    "spread",
     "target",
     "update",
 ]
@@ -186,57 +183,6 @@ def gains(
     impossible = best == -torch.inf
     found = log_prob - torch.where(impossible, 0.0, reference)
     return torch.where(awake & ~impossible, found, 0.0)
-
-
-def choice(
-    density: Float[Tensor, "*batch experts"], awake: Bool[Tensor, "*batch experts"]
-) -> Float[Tensor, "*batch experts"]:
-    """Share a context among those awake by the density that their gates give to it: the gates' choice.
-
-    Args:
-        density: log density that the gate of each expert's domain gives to the context, shape (..., K); any for the
-            base.
-        awake: who takes part, shape (..., K).
-
-    Returns:
-        Log shares, shape (..., K), float64: -inf where asleep and for the base, and adding up to 1 where anybody else
-        is awake.
-    """
-    others = awake.clone()
-    others[..., 0] = False
-    found = density.double().masked_fill(~others, -torch.inf)
-    return torch.where(others.any(-1, keepdim=True), found.log_softmax(-1), -torch.inf)
-
-
-def choice_gain(
-    gain: Float[Tensor, "*batch experts"], choice: Float[Tensor, "*batch experts"]
-) -> Float[Tensor, "*batch"]:
-    """Say by how much the gates' choice predicted a token better than the base did.
-
-    Args:
-        gain: from `gains`, shape (..., K).
-        choice: log shares from `choice`, shape (..., K).
-
-    Returns:
-        log sum of share exp(gain), shape (...); 0 where everybody but the base sleeps.
-    """
-    found = (gain + choice).logsumexp(-1)
-    return torch.where((choice > -torch.inf).any(-1), found, 0.0)
-
-
-def spread(
-    log_weights: Float[Tensor, "*batch voters"], choice: Float[Tensor, "*batch experts"]
-) -> Float[Tensor, "*batch experts"]:
-    """Hand the weight of the gates' choice to the experts that it consists of, which are what is served.
-
-    Args:
-        log_weights: from `serve`, of the K experts and the gates' choice, shape (..., K + 1).
-        choice: log shares from `choice`, shape (..., K).
-
-    Returns:
-        Log weights of the K experts, shape (..., K).
-    """
-    return torch.logaddexp(log_weights[..., :-1], log_weights[..., -1:] + choice)
 
 
 def target(state: Float[Tensor, "*batch rates experts"]) -> Float[Tensor, "*batch rates experts"]:

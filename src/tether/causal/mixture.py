@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tether.cauchy.charts import from_chart
 from tether.causal import evidence
+from tether.causal.choice import choice, choice_gain, spread
 from tether.causal.evidence import Rule
 from tether.causal.experts import Experts, Scores
 from tether.causal.fused import Fusion
@@ -154,7 +155,7 @@ class Mixture(Fusion):
         alike = torch.tensor(
             [1.0, *(len(self.strengths[row]) for row in self.domain[1:])], device=awake.device
         )
-        return evidence.choice(density[:, domain].double() - alike.double().log(), awake)
+        return choice(density[:, domain].double() - alike.double().log(), awake)
 
     def heard(self, gain: Tensor, awake: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
         """Complete what a token says of the experts by what it says of the gates' choice.
@@ -169,7 +170,7 @@ class Mixture(Fusion):
         """
         if not self.chooses:
             return gain, awake
-        chosen = evidence.choice_gain(gain, self._choice(awake, density))
+        chosen = choice_gain(gain, self._choice(awake, density))
         some = awake[:, 1:].any(-1)
         return torch.cat([gain, chosen.unsqueeze(-1)], -1), torch.cat([awake, some.unsqueeze(-1)], -1)
 
@@ -188,7 +189,7 @@ class Mixture(Fusion):
             return evidence.serve(state, awake, self.rule.floor)
         some = awake[:, 1:].any(-1, keepdim=True)
         log_weights = evidence.serve(state, torch.cat([awake, some], -1), self.rule.floor)
-        return evidence.spread(log_weights, self._choice(awake, density))
+        return spread(log_weights, self._choice(awake, density))
 
     def moves(self, domain: int, features: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate one domain's experts.
