@@ -1,6 +1,7 @@
 """The enclosures that `tether theory enclose` offers, with what it prints of each."""
 
 from collections.abc import Callable
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +12,13 @@ __all__ = ["ENCLOSED"]
 
 Told: TypeAlias = tuple[dict[str, Any], str]
 Enclose: TypeAlias = Callable[[bool, Path | None, Callable[[dict[str, float]], None]], Told]
+
+
+# The last digits of an enclosure depend on the machine's mathematical functions, so what is printed has fewer; rounded
+# outward it still encloses.
+def _printed(low: float, high: float) -> tuple[str, str]:
+    step = Decimal("1e-12")
+    return str(Decimal(low).quantize(step, ROUND_FLOOR)), str(Decimal(high).quantize(step, ROUND_CEILING))
 
 
 def _enclosed_constants(fast: bool, state: Path | None, on_step: Any) -> Told:
@@ -34,7 +42,7 @@ def _enclosed_constants(fast: bool, state: Path | None, on_step: Any) -> Told:
         },
         "holds": all(e.holds for e in found.values()),
     }
-    rows = [[name, repr(e.low), repr(e.high), e.cover.cells, e.cover.failures] for name, e in found.items()]
+    rows = [[name, *_printed(e.low, e.high), e.cover.cells, e.cover.failures] for name, e in found.items()]
     return record, table(("constant", "at least", "at most", "cells", "failures"), rows)
 
 
@@ -47,7 +55,7 @@ def _enclosed_counterexamples(fast: bool, state: Path | None, on_step: Any) -> T
     for done, (name, example) in enumerate(EXAMPLES.items()):
         low, high = enclose_ratio(example)
         listed.append({"case": name, "low": low, "high": high} | example.describe())
-        rows.append([name, repr(low), repr(high), example.holds()])
+        rows.append([name, *_printed(low, high), example.holds()])
         on_step({"done": done + 1, "total": len(EXAMPLES)})
     holds = all(one["holds"] and one["low"] > 1 for one in listed)
     text = table(("counterexample", "ratio at least", "at most", "holds with integers"), rows)
@@ -90,7 +98,8 @@ def _proof_told(theorem: str, constant: str, proof: Any, fast: bool) -> Told:
     ]
     region = "around the maximum (reduced)" if fast else "all sums of deltas"
     verdict = "proved" if proof.holds else "NOT proved"
-    head = f"{theorem}, {region}: {verdict}; {proof.constant.low!r} <= {constant} <= {proof.constant.high!r}"
+    low, high = _printed(proof.constant.low, proof.constant.high)
+    head = f"{theorem}, {region}: {verdict}; {low} <= {constant} <= {high}"
     return record, f"{head}\n{table(('part', 'cells', 'failures', 'proved by'), rows)}"
 
 
