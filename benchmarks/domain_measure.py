@@ -1,6 +1,6 @@
 """Measuring of the benchmark of domains: many arms at once on a text, each token against the base's law."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from benchmarks.domain_arms import Bench
 from benchmarks.domain_plan import CHARTS
 from benchmarks.trial_texts import TRIAL as DOMAINS
 from tether.causal.softmax import softmax_kl
+from tether.delta.account import account
 from tether.delta.adapter import Attached
 from tether.delta.adapter_drift import logits
 from tether.delta.adapter_serving import serve
@@ -19,7 +20,15 @@ from tether.delta.measure import Measurement, Variant, measure
 from tether.delta.objective import chunk_rows
 from tether.delta.windows import Windows
 
-__all__ = ["FACTORS", "adapter_runs", "measure_curve", "measure_deltas", "measure_gated", "measure_runs"]
+__all__ = [
+    "FACTORS",
+    "adapter_runs",
+    "measure_curve",
+    "measure_deltas",
+    "measure_evidence",
+    "measure_gated",
+    "measure_runs",
+]
 
 FACTORS = (0.25, 0.5, 0.75, 1.0)
 """Of each learnt change, in the figure of domain loss against base drift."""
@@ -115,25 +124,48 @@ def measure_deltas(bench: Bench, text: str, seed: int) -> dict[str, Any]:
     return cells
 
 
-def measure_gated(bench: Bench, text: str, seed: int) -> dict[str, Any]:
-    """Measure the plain and the leashed adapters behind their gates.
+def measure_gated(bench: Bench, text: str, seed: int, arms: Sequence[str]) -> dict[str, Any]:
+    """Measure the adapters of all domains, added behind their gates.
 
     Args:
         bench: the work.
         text: which.
         seed: which.
+        arms: of `Bench.arms`.
 
     Returns:
         A cell for each kind.
     """
     windows, cells = bench.test(text), {}
-    for arm in (name for name in ("lora", "leashed") if name in bench.plan.adapters):
+    for arm in arms:
         served = serve(
             bench.model, {bench.adapter(arm, name, seed): 1.0 for name in DOMAINS}, by="sum", gated=True
         )
         variants = {f"{arm}, gated": Variant((1.0,) * len(DOMAINS), "symmetric", True)}
         found = measure(served, served.fusion, windows, list(variants.values()))
         cells |= _cells(windows, found, variants)
+    return cells
+
+
+def measure_evidence(bench: Bench, text: str, seed: int, arms: Sequence[str]) -> dict[str, Any]:
+    """Measure the adapters of all domains, weighted by evidence.
+
+    Args:
+        bench: the work.
+        text: which.
+        seed: which.
+        arms: of `Bench.arms`.
+
+    Returns:
+        A cell for each kind.
+    """
+    windows, cells = bench.test(text), {}
+    for arm in arms:
+        served = serve(bench.model, {bench.adapter(arm, name, seed): 1.0 for name in DOMAINS})
+        (found,) = account([served], windows)
+        nll = torch.zeros(len(found.documents))
+        nll[found.scored] = found.nll.float()
+        cells[f"{arm}, evidence"] = _cell(windows.documents, found.scored, nll, found.softmax_kl)
     return cells
 
 

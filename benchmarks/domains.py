@@ -22,6 +22,7 @@ from benchmarks.domain_measure import (
     adapter_runs,
     measure_curve,
     measure_deltas,
+    measure_evidence,
     measure_gated,
     measure_runs,
 )
@@ -142,13 +143,17 @@ class Results:
                 key = f"{arm}-{domain}-{seed}"
                 learnt[key] = self.stage(f"learn-{key}", partial(self.learn, arm, domain, seed))
         shrunk = self.stage(f"shrink-{seed}", partial(self.bench.shrink, seed))
+        fused = [arm for arm in ("lora", "leashed") if arm in self.plan.adapters]
         for text in TEXTS:
             cells[f"{text}-{seed}"] = {
                 **self.stage(
                     f"deltas-{text}-{seed}",
                     partial(measure_deltas, self.bench, text, seed),
                 ),
-                **self.stage(f"gated-{text}-{seed}", partial(measure_gated, self.bench, text, seed)),
+                **self.stage(f"gated-{text}-{seed}", partial(measure_gated, self.bench, text, seed, fused)),
+                **self.stage(
+                    f"evidence-{text}-{seed}", partial(measure_evidence, self.bench, text, seed, fused)
+                ),
                 **self.stage(
                     f"adapters-{text}-{seed}",
                     partial(self.adapters, text, seed, self.bench.arms(), shrunk),

@@ -1,6 +1,7 @@
 """Fusion by evidence on texts that no setting was chosen on: twelve domains, eight foreign kinds, two of base text.
 
-They are those of the second list of fresh texts; TETHER_LIST=first takes the first one, on which settings were chosen.
+They are those of the third list of fresh texts; TETHER_LIST=first or second takes an earlier one, on which settings
+were chosen.
 
 Every fit and every measurement is kept in the folder that TETHER_STATES names, so that a run can be resumed. Loss of
 any group of domains by evidence follows from what each expert gave to each token, which is measured once; that it is
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.corpus import states_folder
-from benchmarks.fresh_texts import DOMAINS, FOREIGN, SECOND_DOMAINS, SECOND_FOREIGN, split
+from benchmarks.fresh_texts import LISTS, split
 from benchmarks.heard import Heard, by_evidence, posterior
 from tether.causal.evidence import Rule
 from tether.causal.loading import load
@@ -30,14 +31,16 @@ from tether.delta.learning import learn_delta
 from tether.delta.measure import Variant, measure
 from tether.delta.windows import Windows, window_text
 from tether.demo import corpora
+from tether.errors import ConfigError
 from tether.router.deltas import DeltaRouterFit, route_deltas
 
 __all__ = ["GROUPS", "NAMES", "STRANGE", "Trial", "rows"]
 
 Row = dict[str, Any]
-LIST = os.environ.get("TETHER_LIST", "second")
-NAMES = tuple(DOMAINS if LIST == "first" else SECOND_DOMAINS)
-STRANGE = tuple(FOREIGN if LIST == "first" else SECOND_FOREIGN)
+LIST = os.environ.get("TETHER_LIST", "third")
+if LIST not in LISTS:
+    raise ConfigError(f"TETHER_LIST={LIST}: no such list of fresh texts; give one of {', '.join(LISTS)}")
+NAMES, STRANGE = map(tuple, LISTS[LIST])
 """Kinds of text that are never learnt."""
 GROUPS = {size: [NAMES[at : at + size] for at in range(0, len(NAMES), size)] for size in (3, 6, 12)}
 """Fused together, in the order of the list of domains."""
@@ -48,7 +51,7 @@ TESTED = 16
 """Documents of each text that are measured."""
 SUMMED = 8
 """Documents of each text on which rivals are measured."""
-SUMS = {
+SUMS: dict[str, tuple[str, bool, float | None]] = {
     "sum, one-class gates": ("one-class", True, None),
     "sum, one-class gates, leash .5": ("one-class", True, 0.5),
     "sum, no gates": ("one-class", False, None),
@@ -175,6 +178,8 @@ class Trial:
         Returns:
             KL(base || served) in each context, nats.
         """
+        if tuple(group) == NAMES:
+            return self.kept(f"{name}-sleeping", dict)["softmax_kl"]  # `heard` measured it
 
         def make() -> dict[str, Tensor]:
             return {"kl": account([self.fused(group)], self.windows(name))[0].softmax_kl}
@@ -233,10 +238,10 @@ class Trial:
         """
 
         def make() -> dict[str, Tensor]:
-            found = {}
+            found: dict[str, Tensor] = {}
             for gate in ("one-class", "softmax"):
                 model = self.fused(group, by="sum", gate=gate)
-                kinds = {kind: rest for kind, (own, *rest) in SUMS.items() if own == gate}
+                kinds = {kind: (gated, leash) for kind, (own, gated, leash) in SUMS.items() if own == gate}
                 ones = (1.0,) * len(group)
                 variants = [Variant(ones, "symmetric", gated, leash) for gated, leash in kinds.values()]
                 result = measure(self.model, model.fusion, self.windows(name, SUMMED), variants)

@@ -1,4 +1,4 @@
-"""Fresh texts: two lists of twelve domains and eight foreign kinds that nothing was tuned on when they were chosen.
+"""Fresh texts: three lists of twelve domains and eight foreign kinds that nothing was tuned on when they were chosen.
 
 A document is a file, an entry or a section of at least `WORDS` words, of which it keeps `LONGEST` characters. Seeds of
 different parity share no document, so seeds 0 and 1 are two disjoint splits.
@@ -7,19 +7,24 @@ different parity share no document, so seeds 0 and 1 are two disjoint splits.
 import hashlib
 import random
 import re
+from collections import ChainMap
 from functools import cache
 from typing import Any, NamedTuple
 
 from benchmarks.fresh_first import DOMAINS, FOREIGN
 from benchmarks.fresh_second import SECOND_DOMAINS, SECOND_FOREIGN
 from benchmarks.fresh_source import FOLDER, LONGEST
+from benchmarks.fresh_third import THIRD_DOMAINS, THIRD_FOREIGN
 from tether.errors import ConfigError
 
 __all__ = [
     "DOMAINS",
     "FOREIGN",
+    "LISTS",
     "SECOND_DOMAINS",
     "SECOND_FOREIGN",
+    "THIRD_DOMAINS",
+    "THIRD_FOREIGN",
     "Split",
     "documents",
     "fingerprint",
@@ -30,6 +35,13 @@ WORDS = 150
 """The fewest words of a document before it is shortened, counted between blanks."""
 SHINGLE = 8
 """A document is a near-duplicate if more than half of its runs of so many words stand in earlier documents."""
+LISTS = {
+    "first": (DOMAINS, FOREIGN),
+    "second": (SECOND_DOMAINS, SECOND_FOREIGN),
+    "third": (THIRD_DOMAINS, THIRD_FOREIGN),
+}
+"""Domains and foreign kinds of each list."""
+_TEXTS = ChainMap(*(texts for both in LISTS.values() for texts in both))
 
 
 class Split(NamedTuple):
@@ -44,7 +56,7 @@ def documents(name: str) -> tuple[str, ...]:
     """Read a text: documents of enough words, shortened, without near-duplicates.
 
     Args:
-        name: of a domain or foreign kind of either list.
+        name: of a domain or foreign kind of any list.
 
     Returns:
         The documents in the order of their hashes, which depends on nothing else.
@@ -52,7 +64,7 @@ def documents(name: str) -> tuple[str, ...]:
     Raises:
         ConfigError: the text is not there.
     """
-    source = (DOMAINS | FOREIGN | SECOND_DOMAINS | SECOND_FOREIGN)[name]
+    source = _TEXTS[name]
     paths = sorted(
         {path for pattern in source.files.split() for path in FOLDER.glob(pattern) if path.is_file()}
     )
@@ -75,7 +87,7 @@ def fingerprint(name: str) -> str:
     """Give a hash of a text, to see whether a package has changed.
 
     Args:
-        name: of a domain or foreign kind of either list.
+        name: of a domain or foreign kind of any list.
 
     Returns:
         The first twelve digits of the SHA-256 of all its documents.
@@ -89,7 +101,7 @@ def split(
     """Shuffle half of the documents with a seed; take documents to hold out first, then those to train on.
 
     Args:
-        name: of a domain or foreign kind of either list; of a foreign kind only `held_out` is of use.
+        name: of a domain or foreign kind of any list; of a foreign kind only `held_out` is of use.
         seed: even seeds shuffle one half of the documents, odd seeds the other.
         tokenizer: counts tokens.
         tokens: training documents are taken until they have so many; a reader cuts the last.
@@ -113,7 +125,7 @@ def split(
         if total < tokens and at not in aside:
             train.append(every[at])
             total += length
-    if name in DOMAINS | SECOND_DOMAINS and total < tokens:
+    if total < tokens and any(name in domains for domains, _ in LISTS.values()):
         raise ConfigError(f"text {name!r}: {total} tokens to train on, {tokens} asked for")
     return Split(train, [every[at] for at in aside])
 

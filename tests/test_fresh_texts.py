@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from benchmarks import fresh_second, fresh_texts
 from benchmarks.fresh_source import LONGEST, Source, packed
-from benchmarks.fresh_texts import DOMAINS, FOREIGN, SECOND_DOMAINS, SECOND_FOREIGN, WORDS, documents, split
+from benchmarks.fresh_texts import LISTS, SECOND_DOMAINS, WORDS, documents, split
 
 from tether.errors import ConfigError
 
@@ -28,9 +28,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_lists_have_twelve_domains_and_eight_foreign_kinds_and_no_name_twice():
-    lists = (DOMAINS, FOREIGN, SECOND_DOMAINS, SECOND_FOREIGN)
-    assert [len(texts) for texts in lists] == [12, 8, 12, 8]
-    assert len(set().union(*lists)) == 40
+    assert [[len(texts) for texts in both] for both in LISTS.values()] == [[12, 8]] * 3
+    assert len(set().union(*(texts for both in LISTS.values() for texts in both))) == 60
 
 
 def test_parts_are_packed_in_order_and_a_piece_is_as_long_as_allowed_and_no_longer():

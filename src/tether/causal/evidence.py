@@ -51,7 +51,7 @@ class Rule:
         hold: tokens for which a domain stays awake after its gate has closed, >= 0.
     """
 
-    prior: float = 0.5
+    prior: float = 0.75
     restarts: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
     floor: float = 0.0
     choice: bool = True
