@@ -1,4 +1,7 @@
-"""What a fusion by evidence writes: it stays in the domain of its prompt, and with the base where nobody asked."""
+"""What a fusion by evidence writes: it stays in the domain of its prompt, and with the base where nobody asked.
+
+TETHER_PROMPT gives the length of the prompts in tokens, TETHER_TEXTS how many.
+"""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from tether.delta.windows import window_text
 __all__ = ["rows"]
 
 Row = dict[str, Any]
-PROMPT = 48
+PROMPT = int(os.environ.get("TETHER_PROMPT", "128"))
 LENGTH = 128
 SAMPLINGS = {"temperature 1": {}, "temperature .7, top-p .9": {"temperature": 0.7, "top_p": 0.9}}
 

@@ -348,7 +348,7 @@ def test_a_prompt_that_is_cropped_to_where_nobody_asked_for_a_law(model, deltas,
     fused = fuse(model, weighted, rule=RULE, gated=gated)
     with torch.no_grad():
         begun = fused(
-            input_ids=ids[:, :16], use_cache=True, logits_to_keep=1, written_from=99
+            input_ids=ids[:, :16], use_cache=True, logits_to_keep=1, written_from=999
         ).past_key_values
         assert not bool(begun.layers[-1].held["known"][:, :15].any())
         begun.crop(left - 16)

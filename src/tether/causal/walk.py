@@ -13,9 +13,9 @@ from tether.causal.sleeping import since_open
 
 __all__ = ["PROMPT", "Reading", "Walk"]
 
-PROMPT = 64
+PROMPT = 128
 """Of the text before what the model writes, so many last tokens are scored: a prompt is not served, so any weights may
-stand at its end, and more of it changes what follows by a few thousandths of a nat (docs/evidence.md)."""
+stand at its end. With half as many the domain was undecided at the end of twice as many prompts (docs/log.md)."""
 
 
 class Reading(NamedTuple):
