@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from tether.delta.adapter import Adapter
     from tether.delta.adapter_learning import learn_adapter
     from tether.delta.adapter_serving import serve
-    from tether.delta.certificate import Certificate, certify, verify
+    from tether.delta.certificate import Certificate, certify
     from tether.delta.delta import Delta
     from tether.delta.export import export_plain
     from tether.delta.fusion import fuse
     from tether.delta.learning import learn_delta
+    from tether.delta.verification import verify
 
 _NAMES = {
     "Adapter": "tether.delta.adapter",
@@ -44,7 +45,7 @@ _NAMES = {
     "load_backbone": "tether.causal.loading",
     "save_checkpoint": "tether.causal.checkpoint",
     "serve": "tether.delta.adapter_serving",
-    "verify": "tether.delta.certificate",
+    "verify": "tether.delta.verification",
 }
 _PACKAGES = ("causal", "cauchy", "delta", "merge", "router", "theory")
 

@@ -4,7 +4,7 @@ Every message says what was given, what was expected and what to do next. Anythi
 is a fault of tether: the command line exits with 3 then (`tether.cli.codes`).
 """
 
-__all__ = ["CertificateError", "CheckpointError", "ConfigError", "ShapeError", "TetherError"]
+__all__ = ["CertificateError", "CheckpointError", "ConfigError", "IdentityError", "ShapeError", "TetherError"]
 
 
 class TetherError(Exception):
@@ -17,6 +17,10 @@ class ConfigError(TetherError, ValueError):
 
 class CheckpointError(TetherError):
     """A file of weights, a delta or a checkpoint is missing, damaged or made for another base."""
+
+
+class IdentityError(CheckpointError):
+    """Weights are not those that a file says they are: a check found it, and the command line exits with 1."""
 
 
 class ShapeError(TetherError, ValueError):

@@ -18,12 +18,13 @@ from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
-from tether.delta.certificate import certify, verify
+from tether.delta.certificate import certify
 from tether.delta.held_out import hold_out
 from tether.delta.measure import Variant, measure
 from tether.delta.objective import output_fisher
 from tether.delta.outcome import NO_HELP
 from tether.delta.source import reference
+from tether.delta.verification import verify
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.store.documents import write_documents

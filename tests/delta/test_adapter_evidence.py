@@ -22,8 +22,9 @@ from tether.delta.adapter_mixture import AdapterMixture
 from tether.delta.adapter_passes import Passes, grouped
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
 from tether.delta.cache import backbone_print
-from tether.delta.certificate import certify, verify
+from tether.delta.certificate import certify
 from tether.delta.gate import Gate
+from tether.delta.verification import verify
 from tether.delta.windows import window_text
 from tether.errors import ConfigError
 from tether.store.documents import write_documents

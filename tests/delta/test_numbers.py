@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import tiny
 from tether.causal.checkpoint import save_checkpoint
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numerals import find_numbers
 from tether.delta.adapter_learning import learn_adapter
@@ -15,10 +16,12 @@ from tether.delta.adapter_serving import serve
 from tether.delta.adapter_training import AdapterFit
 from tether.delta.budget import Budget
 from tether.delta.cache import hidden_states
-from tether.delta.certificate import Certificate, certify, verify
+from tether.delta.certificate import Certificate, certify
+from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
 from tether.delta.shards import cache_shards, cached, load_shards
+from tether.delta.verification import verify
 from tether.delta.windows import reader, window_text
 from tether.store.documents import write_documents
 
@@ -118,6 +121,7 @@ def test_what_is_certified_is_what_is_served(numeric, windows, delta, kind):
 def test_a_certificate_holds_with_numbers_that_the_model_wrote(numeric, delta, tmp_path):
     with torch.no_grad():
         numeric.action.bias[-1] = 4.0  # awake, so that it writes numbers
+    delta = Delta(**{**delta.__dict__, "base": renew_fingerprint(numeric)})
     save_checkpoint(fuse(numeric, {delta: 1.0}), tiny.tokenizer(), tmp_path / "fused")
     write_documents(tmp_path / "digits.jsonl", TEXT)
     fused = CausalQwenForCausalLM.from_pretrained(tmp_path / "fused")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import tiny
 from damage import damaged
@@ -23,16 +25,18 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.pairs import read_pairs
 from tether.delta.adapter import Adapter, Attached, is_adapter, lora_config
-from tether.delta.certificate import certify, read, verify
+from tether.delta.certificate import certify, read
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import Gate
 from tether.delta.record import check_fields
+from tether.delta.verification import verify
 from tether.errors import TetherError
 from tether.reading import read_json, read_yaml
 from tether.store.documents import read_documents, write_documents
 from tether.store.manifest import Manifest, read_manifest, write_manifest
 from tether.store.reader import CheckpointReader
+from tether.store.signing import private_key, public_key
 from tether.store.writer import ShardWriter
 
 CASES = int(os.environ.get("TETHER_FUZZ", "200"))
@@ -67,6 +71,12 @@ def _certificate(folder):
     check_fields(certificate)
 
 
+def _keys(folder):
+    for name in ("key", "id"):
+        private_key(folder / name)
+        public_key(folder / f"{name}.pub")
+
+
 def _sharded(folder):
     reader = CheckpointReader(folder)
     reader.fingerprint()
@@ -97,6 +107,7 @@ READERS = {
         {"model.safetensors.index.json": "json", "model-00001-of-00002.safetensors": "safetensors"},
         0.3,
     ),
+    "keys": Reader(_keys, {"key": "text", "key.pub": "text", "id": "text", "id.pub": "text"}, 0.5),
     "yaml": Reader(lambda folder: read_yaml(folder / "o.yaml"), {"o.yaml": "text"}, 0.1),
 }
 
@@ -134,6 +145,7 @@ def whole(tmp_path_factory):
         "shards",
         "yaml",
         "certificate",
+        "keys",
     ):
         folders[name].mkdir()
     delta.save(folders["delta"] / "a.delta")
@@ -157,6 +169,19 @@ def whole(tmp_path_factory):
     (folders["yaml"] / "o.yaml").write_text(
         "epochs: 2\nlr: 1e-3\nparts:\n  - a\n  - {b: [1, 2.5]}\nmode: softmax\n"
     )
+    encoding, secret = serialization.Encoding, Ed25519PrivateKey.generate()
+    for name, form in (
+        ("key", serialization.PrivateFormat.PKCS8),
+        ("id", serialization.PrivateFormat.OpenSSH),
+    ):
+        text = secret.private_bytes(encoding.PEM, form, serialization.NoEncryption())
+        (folders["keys"] / name).write_bytes(text)
+    public = secret.public_key()
+    for name, form in (
+        ("key.pub", (encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)),
+        ("id.pub", (encoding.OpenSSH, serialization.PublicFormat.OpenSSH)),
+    ):
+        (folders["keys"] / name).write_bytes(public.public_bytes(*form))
     save_checkpoint(fuse(model, {delta: 1.0}, by="sum"), tiny.tokenizer(), folders["certificate"] / "fused")
     fused = CausalQwenForCausalLM.from_pretrained(folders["certificate"] / "fused")
     write_documents(folders["certificate"] / "words.jsonl", tiny.documents("words", 6))

@@ -11,11 +11,12 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.routed import RoutedFusion, route_shares
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
-from tether.delta.certificate import certify, verify
+from tether.delta.certificate import certify
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.ledger import keep_ledger
 from tether.delta.measure import Variant, measure
 from tether.delta.training import Fit
+from tether.delta.verification import verify
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.router.deltas import DeltaRouterFit, route_deltas

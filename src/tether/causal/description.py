@@ -34,6 +34,8 @@ class _Budget(Strict):
     metric: Annotated[str, Field(max_length=64)] | None = None
     budget: Annotated[float, Field(ge=0)] | None = None
     latent_base: Annotated[float, Field(ge=0)] | None = None
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    text: Annotated[str, Field(max_length=256)] | None = None
 
 
 class _Router(Strict):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.resizing import set_classes
 from tether.errors import ConfigError
@@ -112,3 +113,5 @@ def wake_numbers(model: Any, latent_loc: Tensor, share: float) -> None:
             else (low, middle)
         )
     action.bias[number] = (low + high) / 2
+    if model.config.base_fingerprint is not None:
+        renew_fingerprint(model)  # softmax is no longer that of the plain model

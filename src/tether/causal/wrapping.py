@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tether.causal.action import Action
 from tether.causal.after_head import check_same, continued, find_after_head, logits_of, probe_ids, refusing
 from tether.causal.config import PRESETS, CausalQwenConfig
-from tether.causal.fingerprint import note_weights, weights_fingerprint
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.layers import Abduction, NumericEmbedding
 from tether.errors import ConfigError
 
@@ -95,7 +95,6 @@ def wrap_backbone(
         logit_scale=after.scale,
         logit_cap=after.cap,
         tie_word_embeddings=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-        base_fingerprint=weights_fingerprint(model),
         **{name: value for name, value in settings.items() if value is not None},
     )
     with refusing(model, "wrapping it"):
@@ -105,6 +104,7 @@ def wrap_backbone(
     with refusing(model, "going on with a text from its cache"):
         made, written = continued(wrapped, ids), continued(model, ids)
     check_same(model, made, written)
+    renew_fingerprint(wrapped)
     return wrapped
 
 
@@ -181,5 +181,4 @@ def _taken_over(
     wrapped.generation_config = copy.deepcopy(model.generation_config)
     wrapped.name_or_path = ""
     wrapped.eval()
-    note_weights(wrapped)
     return wrapped

@@ -12,7 +12,7 @@ import typer
 
 from tether._version import __version__
 from tether.cli.output import plain, tell
-from tether.errors import TetherError
+from tether.errors import IdentityError, TetherError
 
 __all__ = ["DONE", "FAILED", "FAULT", "INTERRUPTED", "UNHEARD", "UNUSABLE", "run", "stop"]
 
@@ -53,6 +53,9 @@ def run(command: Callable[[], Any]) -> int:
             return _left(left)
         finally:
             sys.stdout.flush()
+    except IdentityError as error:
+        tell(str(error))
+        return FAILED
     except TetherError as error:
         tell(str(error))
     except KeyboardInterrupt:

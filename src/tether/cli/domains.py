@@ -9,7 +9,7 @@ import typer
 from tether.cli.accounted import account_lines
 from tether.cli.adapters import fuse_adapters, learn_adapter
 from tether.cli.ledger import fuse_domains
-from tether.cli.output import emit, quiet_libraries
+from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 from tether.names import check_name
@@ -265,16 +265,22 @@ def certify(
     continuations: Annotated[
         int, typer.Option(min=0, help="Texts of 256 tokens the model writes after each text's beginnings.")
     ] = 4,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private key to sign with: Ed25519, PEM or of ssh-keygen.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Measure how far a fused model has moved from its base and put it on record."""
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.certificate import certify as certify_model
+    from tether.delta.declared import broken
     from tether.delta.record import is_certificate
     from tether.store.documents import read_documents
     from tether.store.place import check_file, check_place
+    from tether.store.signing import private_key
 
+    key = None if sign is None else private_key(sign)
     check_place(out)
     if not (out.is_file() and is_certificate(out)):  # an older certificate may be made again
         check_file(out)
@@ -293,11 +299,21 @@ def certify(
             continuations=continuations,
             on_step=steps("measuring"),
         )
-    certificate.save(out)
+    if wrong := broken(certificate.fusion, certificate.texts, certificate.figures):
+        tell("\n".join([*wrong, f"{out} is not written: it would not hold"]))
+        raise typer.Exit(1)
+    certificate.save(out, key=key)
     lines = [
         line
         for name, row in _with_continuations(certificate.figures).items()
         for line in (account_lines(name, row) if "parts" in row else [_sum_line(name, row)])
+    ]
+    lines += [
+        f"{name}: {domain} alone drifts by {found['mean']:.4g} nats ({found['metric']}), declared "
+        f"{found['declared']:.4g}"
+        for name, row in certificate.figures.items()
+        for domain, declared in row["alone"].items()
+        for found in declared.values()
     ]
     emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
 
@@ -331,14 +347,26 @@ def _with_continuations(figures: dict[str, dict[str, Any]]) -> dict[str, dict[st
 
 def verify(
     certificate: Annotated[Path, typer.Argument(help="A certificate written by certify or demo.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that the base should be: it is loaded, and every weight compared."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Public key of whoever should have signed: Ed25519, PEM or ssh.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Check a certificate by its hashes and by recomputing it: exit 0 holds, 1 does not, 2 cannot be used."""
     quiet_libraries()
-    from tether.delta.certificate import verify as verify_certificate
+    from tether.delta.verification import not_checked
+    from tether.delta.verification import verify as verify_certificate
+    from tether.store.signing import public_key
 
+    signer = None if key is None else public_key(key)
     with reporter() as steps:
-        wrong = verify_certificate(certificate, on_step=steps("recomputing"))
-    emit({"holds": not wrong, "differences": wrong}, as_json, "\n".join(wrong) or f"{certificate}: holds")
+        wrong = verify_certificate(certificate, base=base, key=signer, on_step=steps("recomputing"))
+    left = not_checked(certificate, base=base is not None, key=key is not None)
+    told = wrong or [f"{certificate}: holds", *([f"not checked: {'; '.join(left)}"] if left else [])]
+    emit({"holds": not wrong, "differences": wrong, "not_checked": left}, as_json, "\n".join(told))
     if wrong:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from tether.causal.config import CausalQwenConfig
 from tether.causal.evidence import Rule
+from tether.delta.carried import declared_drift
 
 if TYPE_CHECKING:
     from tether.delta.adapter import Adapter
@@ -52,7 +53,7 @@ def describe(adapters: "Sequence[Adapter]", weights: Sequence[float], gated: boo
         "native": ["symmetric"] * len(adapters),
         "weights": [float(weight) for weight in weights],
         "location_only": False,
-        "budgets": [{key: adapter.record.get(key) for key in ("metric", "budget")} for adapter in adapters],
+        "budgets": [declared_drift(adapter.record) for adapter in adapters],
     }
     if gated:
         # Gates read states; a configuration is needed before any of that can be imported.

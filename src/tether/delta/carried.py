@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from tether.errors import CheckpointError
 from tether.reading import Strict, checked
 
-__all__ = ["SAMPLE_BYTES", "SAMPLE_DOCUMENTS", "STRENGTHS", "check_carried"]
+__all__ = ["SAMPLE_BYTES", "SAMPLE_DOCUMENTS", "STRENGTHS", "check_carried", "declared_drift"]
 
 STRENGTHS = (1.0,)
 """Strengths, relative to the saved heads, at which a delta takes part in a fusion that weights by evidence."""
@@ -25,6 +25,9 @@ class _Record(Strict):
     budget: Annotated[float, Field(ge=0)] | None = None
     latent_base: Annotated[float, Field(ge=0)] | None = None
     latent: Annotated[str, Field(max_length=256)] | None = None
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    text: Annotated[str, Field(max_length=256)] | None = None
+    texts: dict[str, Annotated[str, Field(max_length=256)]] | None = None
 
 
 def check_carried(path: Path, record: Any, sample: Any) -> None:
@@ -53,6 +56,22 @@ def check_carried(path: Path, record: Any, sample: Any) -> None:
     if wrong:
         raise CheckpointError(f"{path}: damaged, {wrong}; take another copy, or learn it again")
     checked(_Record, record, f"{path}: record")
+
+
+def declared_drift(record: dict[str, Any]) -> dict[str, Any]:
+    """Give what a delta or an adapter declares of its drift, for the description of a fusion.
+
+    Args:
+        record: of the delta or adapter.
+
+    Returns:
+        metric, budget and latent_base, None where the record has none; quantile, where that is limited and not the
+        mean; and text, the hash of the base text on which they were met, where it is known.
+    """
+    found = {key: record.get(key) for key in ("metric", "budget", "latent_base")}
+    text = record.get("text") or (record.get("texts") or {}).get("base")
+    more = {"quantile": record.get("quantile"), "text": text}
+    return found | {key: value for key, value in more.items() if value is not None}
 
 
 def _bytes(text: str) -> int:

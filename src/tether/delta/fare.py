@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from tether.causal.mixture import Mixture
 from tether.delta.account import account
-from tether.delta.certificate import served_variant
 from tether.delta.delta import Delta
+from tether.delta.figures import served_variant
 from tether.delta.fusion import fuse, unfuse
 from tether.delta.measure import Variant, measure
 from tether.delta.regret import shares

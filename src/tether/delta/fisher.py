@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tether.causal.fingerprint import served_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.objective import chunk_rows, output_fisher
 from tether.errors import ConfigError
@@ -111,7 +112,6 @@ def align_latent(model: CausalQwenForCausalLM, axes: Axes, factor: float = 1.0) 
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     config.preset = "aligned"
-    config.base_fingerprint = f"{config.base_fingerprint}+fisher"
     with torch.device("meta"):
         aligned = CausalQwenForCausalLM(config)
     for name in ("backbone", "numeric"):
@@ -131,4 +131,5 @@ def align_latent(model: CausalQwenForCausalLM, axes: Axes, factor: float = 1.0) 
     aligned.generation_config = copy.deepcopy(model.generation_config)
     aligned.name_or_path = config._name_or_path = ""
     aligned.eval()
+    config.base_fingerprint = served_fingerprint(aligned)
     return aligned

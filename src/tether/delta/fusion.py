@@ -14,6 +14,7 @@ from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.routed import make_fusion
 from tether.delta.cache import latent_print
+from tether.delta.carried import declared_drift
 from tether.delta.delta import Delta
 from tether.delta.gate import describe_gates, put_gate, take_gate
 from tether.errors import CheckpointError, ConfigError
@@ -68,8 +69,10 @@ def fuse(
     Raises:
         ConfigError: no deltas, an unknown chart or leash, a weight that is not finite, two deltas of one
             name, a gate asked for and missing, or a model that is fused already.
-        CheckpointError: a delta was learnt on another base.
-    """
+        CheckpointError: a delta was learnt on another base, or says so.
+        IdentityError: the model's weights are not those that its config names: they are hashed
+            (`tether.causal.fingerprint.fingerprint`), and deltas are held against what is found.
+    """  # noqa: DOC502 - raised by fingerprint
     by = manner(by, rule, {"chart": chart, "gate": gate, "leash": leash})
     chart, gate = chart or "symmetric", gate or "one-class"
     if leash is not None:
@@ -206,9 +209,7 @@ def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[st
         # In the curved charts a second coordinate alone moves the scale too.
         "location_only": all(d.first is None and d.chart in ("linear", "symmetric") for d in deltas),
         "layers": sorted({layer for delta in deltas for layer in delta.layers}),
-        "budgets": [
-            {key: delta.record.get(key) for key in ("metric", "budget", "latent_base")} for delta in deltas
-        ],
+        "budgets": [declared_drift(delta.record) for delta in deltas],
     }
     if gates:
         described |= describe_gates(gates)

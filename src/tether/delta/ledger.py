@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tether.cauchy.charts import CHARTS, from_chart, to_chart
 from tether.cauchy.divergence import drift
+from tether.causal.fingerprint import fingerprint
 from tether.causal.fused import Fusion
 from tether.causal.leash import METRICS
 from tether.causal.mixture import Mixture
@@ -76,7 +77,9 @@ def keep_ledger(
 ) -> dict[str, Any]:
     """Account for the drift of a fused model on a text.
 
-    Cost: one backbone pass; for N deltas and n contexts about 10 N n C, and up to `PAIRED` deltas N^2 n C for pairs.
+    The weights that are served are hashed first, and must be those that the config names
+    (`tether.causal.fingerprint.fingerprint`). Cost: that and one backbone pass; for N deltas and n contexts about
+    10 N n C, and up to `PAIRED` deltas N^2 n C for pairs.
 
     Args:
         fused: a fused model.
@@ -106,10 +109,12 @@ def keep_ledger(
     Raises:
         CertificateError: the model has no fused deltas.
         ConfigError: a negative `next_drift`, or text shorter than one context.
-    """
+        IdentityError: the weights are not those that the config names.
+    """  # noqa: DOC502 - raised by fingerprint
     fusion: Fusion | None = fused.fusion
     if fusion is None:
         raise CertificateError("the model has no fused deltas: expected one made by 'tether fuse'")
+    fingerprint(fused)
     if next_drift is not None and not next_drift >= 0:
         raise ConfigError(f"another delta of drift {next_drift}: expected nats, >= 0")
     windows = window_text(documents_of(text), reader(fused, tokenizer), length=window, tokens=tokens)

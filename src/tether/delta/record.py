@@ -5,69 +5,33 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from tether.causal.description import check_description
+from tether.delta.claims import SCHEMA_VERSION
 from tether.errors import CertificateError, CheckpointError, ConfigError, TetherError
 from tether.names import inside
 from tether.reading import Strict, checked, parse_json, read_bytes, read_json
 from tether.store.publish import write_json
+from tether.store.signing import sign
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __all__ = [
-    "CLAIMS",
     "DTYPES",
-    "SCHEMA_VERSION",
     "Certificate",
     "Settings",
     "check_fields",
     "is_certificate",
+    "model_files",
     "read",
 ]
 
-SCHEMA_VERSION = 6
-"""2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
-5: the dtype; in half precision figures count how what is served is rounded. 6: fusions by evidence."""
-
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 """In which a model may have been measured."""
-CLAIMS = (
-    "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
-    "where a confidence is given.",
-    "documents.at_most: with the stated confidence over the draw of documents, at least the stated share of "
-    "documents drawn like these has a mean at or below it (order statistic, no distribution assumed).",
-    "bound: latent drift of the fusion never exceeds the bound of its chart, given each delta's own drift in the "
-    "same context, nor a leash in that metric; violations counts the contexts where it did.",
-    "budgets: the mean latent drift that the deltas' own mean drifts on their base text allow their fusion, on text "
-    "where each alone drifts no further in the mean ('tether theory plan'); on a domain's own text it is no promise.",
-    "token_law: under causal sampling without truncation the KL of the token law to the base's is at most the latent "
-    "drift of the context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its "
-    "own at each position the KL of a text's law at most the expected sum over texts that the base writes; this does "
-    "not hold for softmax sampling, whose measured KL is softmax_kl.",
-    "leash: in any context whatever, of any text, the drift in the leash's metric is at most its nats (temperature "
-    "1); leash_pulled is the share of contexts here that it held back.",
-    "regret, worst_token and parts are of fusions by evidence, with the prior, restarts and floor that the fusion "
-    "states. regret: on any text whatever, served from its beginning, the loss of all its tokens exceeds the base's, "
-    "and that of each domain's experts where they are awake, by at most what is allowed; each pair is measured and "
-    "allowed for one document, whose windows are served as texts of their own.",
-    "worst_token: in any context whatever the loss of a token exceeds the base's by at most the logarithm of 1 / "
-    "weight of the base there (before sampling is cut off); what the fusion adds is not bounded.",
-    "parts: in any context whatever softmax_kl is at most the weighted mean of KL(base || expert); this does not carry "
-    "over to means over contexts of one expert alone. latent_drift is the weighted mean of the experts' own.",
-    "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
-    "at temperature 1 with the seed stated, after the first tokens of documents.",
-)
-
-
-OLDER_CLAIMS = {
-    1: "dc2fdb317738f48ccabcac3f07e0e72aaa693afeb6891dbb4743ce58c9b900ab",
-    2: "51ef1ea136640f1304b9e9789f8e78c43021835d26697b5fb552fe707371e639",
-    3: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
-    4: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
-    5: "81091fbfe75211984466e191b45c9748bfd2260d811f5f7e8103caaacec49cf7",
-}
-"""Hashes of the claims of older schemas."""
 
 
 class Certificate(BaseModel):
@@ -84,6 +48,7 @@ class Certificate(BaseModel):
         claims: what the figures mean.
         seal: sha256 over all of the above; shows accidental or careless edits, not forgery, which
             recomputing shows.
+        signature: over the same content (`content`), of whoever vouches for it; empty where nobody does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,6 +62,7 @@ class Certificate(BaseModel):
     figures: dict[str, dict[str, Any]]
     claims: tuple[str, ...]
     seal: str = ""
+    signature: Annotated[str, Field(max_length=1024)] = ""
 
     def sealed(self) -> "Certificate":
         """Put the seal on.
@@ -106,31 +72,38 @@ class Certificate(BaseModel):
         """
         return self.model_copy(update={"seal": self.digest()})
 
+    def content(self) -> bytes:
+        """Give what a seal and a signature are over.
+
+        Returns:
+            Everything but those two (the seal is over the signature too), as JSON with sorted keys in UTF-8. It is made
+            of what was read, so nothing that `verify` looks at is outside of it.
+        """
+        content = self.model_dump(mode="json", exclude={"seal", "signature"})
+        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+
     def digest(self) -> str:
         """Hash everything but the seal.
 
         Returns:
             64 hexadecimal digits.
         """
-        content = self.model_dump(mode="json", exclude={"seal"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(self.content() + self.signature.encode()).hexdigest()
 
-    def claims_known(self) -> bool:
-        """Tell whether the claims are those of the certificate's schema.
+    def signed_content(self) -> bytes:
+        """Give what a signature is over: the content, after a line that no other file of ours begins with.
 
         Returns:
-            Whether they are.
+            The bytes.
         """
-        older = OLDER_CLAIMS.get(self.schema_version)
-        if older is None:
-            return self.claims == CLAIMS
-        return hashlib.sha256(json.dumps(list(self.claims)).encode()).hexdigest() == older
+        return b"tether certificate\n" + self.content()
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, key: "Ed25519PrivateKey | None" = None) -> Path:
         """Write the certificate; paths inside it become relative to its folder.
 
         Args:
             path: the JSON file.
+            key: to sign it with, from `tether.store.signing.private_key`, or None.
 
         Returns:
             The path.
@@ -148,7 +121,10 @@ class Certificate(BaseModel):
         content = self.model_dump()
         for entry in [content["model"], *content["texts"].values()]:
             entry["path"] = Path(os.path.relpath(entry["path"], path.parent)).as_posix()
-        write_json(path, Certificate(**content).sealed().model_dump(mode="json"))
+        made = Certificate(**content)
+        if key is not None:
+            made = made.model_copy(update={"signature": sign(key, made.signed_content())})
+        write_json(path, made.sealed().model_dump(mode="json"))
         return path
 
 
@@ -293,3 +269,16 @@ def is_certificate(path: Path) -> bool:
     except TetherError:
         return False
     return isinstance(content, dict) and {"seal", "claims", "figures"} <= content.keys()
+
+
+def model_files(folder: Path) -> list[str]:
+    """List the files of a model's folder that a certificate describes.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        Paths relative to it, with slashes, without certificates.
+    """
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [p.relative_to(folder).as_posix() for p in found if not is_certificate(p)]
