@@ -65,3 +65,13 @@ def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written):
         written=None if written is None else written - cut,
     )
     assert torch.equal(torch.cat([first, rest], 1)[0][seen], found[0][seen])
+
+
+def test_places_that_a_caller_gives_to_padding_begin_no_text():
+    """`position_ids` may hold anything where there is no token."""
+    mask = torch.tensor([[False, True, True, False, True]])
+    places = torch.tensor([[-1, 0, 1, 0, 2]])
+    opened = torch.tensor([[False, True, False, False, False]]).unsqueeze(-1)
+    assert since_open(opened, mask, places)[0, mask[0], 0].tolist() == [0, 1, 2]
+    states = torch.tensor([[[9.0], [1.0], [3.0], [9.0], [5.0]]])
+    assert bool(recent_mean(states, places, 2).isfinite().all())

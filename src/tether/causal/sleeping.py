@@ -78,7 +78,7 @@ def since_open(
     if before is not None and before.shape[1]:
         last = torch.maximum(last, -before[:, -1:].to(last))
     start = torch.where((places == 0) & mask, count, 1 - NEVER).cummax(1).values.unsqueeze(-1)
-    since = torch.where(last >= start, at - last, NEVER).clamp(max=NEVER)
+    since = torch.where(last >= start, at - last, NEVER)
     if hold and written is not None and written < since.shape[1]:
         first = max(written, 0)
         held, at_held = (before, 0) if first == 0 else (since[:, :first], at[:, first - 1 : first])
