@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: setup demo test test-slow lint bench gguf-tools page peers trial-texts fresh-texts docs
+.PHONY: setup demo test test-slow lint bench gguf-tools page peers trial-texts fresh-texts conformance docs
 
 setup: $(VENV)/.complete
 
@@ -103,6 +103,23 @@ $(FRESH)/.complete: requirements/fresh-texts.txt $(VENV)/.complete
 	cd $(FRESH) && for name in $(FRESH_DEBIAN); do \
 		apt-get download $$name=$$(apt-cache madison $$name | awk 'NR == 1 { print $$3 }') || exit 1; done
 	cd $(FRESH) && for name in *.deb; do dpkg-deb -x $$name . || exit 1; done
+	touch $@
+
+# The common tests of transformers, of the locked version, from its source distribution, on wrapped models. That
+# distribution lacks the tests of generation: CHECKOUT=folder names a checkout of the same version that has them.
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements/lock.txt)
+CONFORMANCE := $(VENV)/conformance
+CHECKOUT ?=
+
+conformance: $(CONFORMANCE)/.complete
+	$(BIN)/python -W ignore -m benchmarks.conformance $(if $(CHECKOUT),--checkout "$(CHECKOUT)")
+
+$(CONFORMANCE)/.complete: requirements/lock.txt requirements/conformance.txt $(VENV)/.complete
+	rm -rf $(CONFORMANCE)
+	$(BIN)/python -m pip download -q $(PIP_FLAGS) --no-deps --no-binary :all: --no-build-isolation -d $(CONFORMANCE) \
+		transformers==$(TRANSFORMERS)
+	$(BIN)/python -m tarfile -e $(CONFORMANCE)/transformers-$(TRANSFORMERS).tar.gz $(CONFORMANCE)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) --no-deps --target $(CONFORMANCE)/site -r requirements/conformance.txt
 	touch $@
 
 # The reference of the Python API, from the docstrings, into site/.

@@ -1,8 +1,10 @@
 """The model keeps the contract of transformers' causal LMs: arguments, outputs, loading, resizing, caches."""
 
+import copy
 import dataclasses
 import functools
 import json
+import re
 import types
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 import tiny_moe
 from tether.causal.config import CausalQwenConfig
+from tether.causal.evidence import Rule
 from tether.causal.modeling import CausalOutput, CausalQwenForCausalLM
 from tether.causal.positions import served_positions
 from tether.causal.vocabulary import ASLEEP
@@ -189,6 +192,74 @@ def test_a_plain_checkpoint_is_wrapped_when_it_is_loaded(pair, ids, tmp_path):
         assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
     with pytest.raises(ConfigError, match=r"type 'qwen2'.*from_pretrained"):
         CausalQwenConfig.from_pretrained(tmp_path)
+
+
+FUSED = {
+    "by": "evidence", "domains": ["a"], "native": ["symmetric"], "weights": [1.0], "strengths": [[1.0]], "gated": False,
+    "location_only": False, **Rule().described(),
+}  # fmt: skip
+
+
+def test_weights_are_taken_by_the_names_that_transformers_has(pair, ids, tmp_path):
+    _, model = pair
+    model.save_pretrained(tmp_path)
+    named = CausalQwenForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    given = CausalQwenForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=None, config=copy.deepcopy(model.config), state_dict=model.state_dict()
+    )
+    with torch.no_grad():
+        for made in (named, given):
+            assert torch.equal(made(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fusion", [None, FUSED], ids=["plain", "fused"])
+def test_what_stays_in_float32_is_named_and_exists(pair, fusion, dtype, tmp_path):
+    config = copy.deepcopy(pair[1].config)
+    config.fusion = fusion
+    CausalQwenForCausalLM(config).save_pretrained(tmp_path)
+    model = CausalQwenForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    names = {part for name in model.state_dict() for part in name.split(".")}
+    assert model._keep_in_fp32_modules_strict <= names
+    for name, part in model.state_dict().items():
+        kept = model._keep_in_fp32_modules_strict & set(name.split("."))
+        assert part.dtype == (torch.float32 if kept else dtype), name
+
+
+def test_deltas_that_a_checkpoint_lacks_move_nothing(pair, ids):
+    _, model = pair
+    config = copy.deepcopy(model.config)
+    config.fusion = FUSED
+    before = torch.are_deterministic_algorithms_enabled()
+    # Memory that nobody has written to is filled with NaN then.
+    torch.use_deterministic_algorithms(True)
+    try:
+        made = CausalQwenForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert not made.fusion.first.any()
+    assert not made.fusion.second.any()
+    with torch.no_grad():
+        assert_close(made(input_ids=ids).logits.softmax(-1), model(input_ids=ids).logits.softmax(-1))
+
+
+def test_caching_is_switched_off_where_trainers_switch_it_off(pair, ids):
+    base, model = pair
+    assert model.config.use_cache is True
+    try:
+        model.config.use_cache = False
+        with torch.no_grad():
+            assert [each(input_ids=ids).past_key_values for each in (base, model)] == [None, None]
+    finally:
+        model.config.use_cache = True
+
+
+def test_a_multiple_that_is_no_integer_is_refused_in_the_words_of_the_base(pair):
+    base, model = pair
+    with pytest.raises(ValueError) as theirs:
+        base.resize_token_embeddings(300, pad_to_multiple_of=1.3)
+    with pytest.raises(ConfigError, match=re.escape(str(theirs.value))):
+        model.resize_token_embeddings(300, pad_to_multiple_of=1.3)
 
 
 def grown(model, size, folder):

@@ -140,6 +140,7 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     num_key_value_heads = _of_text("num_key_value_heads")
     head_dim = _of_text("head_dim")
     max_position_embeddings = _of_text("max_position_embeddings")
+    use_cache = _of_text("use_cache")
     output_router_logits = _of_text("output_router_logits")
     router_aux_loss_coef = _of_text("router_aux_loss_coef")
 

@@ -27,11 +27,11 @@ class TransformersContract:
     fusion: Any
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
         """Load a checkpoint, or load a plain causal LM and wrap it.
 
         Args:
-            folder: folder or hub id, of a converted or fused checkpoint or of a plain causal LM.
+            pretrained_model_name_or_path: folder or hub id, of a converted or fused checkpoint or of a plain causal LM.
             args: as in transformers.
             options: as in transformers; where a plain model is wrapped also `preset` and its overrides, see
                 `CausalQwenForCausalLM.from_backbone`.
@@ -43,14 +43,14 @@ class TransformersContract:
             ConfigError: a plain model that cannot be wrapped exactly, or options of wrapping for one that is wrapped.
         """  # noqa: DOC502 - some are raised by from_backbone
         wrapping = {option: options.pop(option) for option in ("preset", *OVERRIDES) if option in options}
-        if _is_plain(folder, options):
+        if _is_plain(pretrained_model_name_or_path, options):
             from transformers import AutoModelForCausalLM
 
-            loaded = AutoModelForCausalLM.from_pretrained(folder, *args, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **options)
             base, *rest = loaded if isinstance(loaded, tuple) else (loaded,)
             made = base if isinstance(base, cls) else cls.from_backbone(base, **wrapping)  # type: ignore[attr-defined]
             return (made, *rest) if rest else made
-        return super().from_pretrained(folder, *args, **options | wrapping)  # type: ignore[misc]
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options | wrapping)  # type: ignore[misc]
 
     def resize_token_embeddings(
         self,
@@ -75,10 +75,15 @@ class TransformersContract:
         embedding: nn.Module = self.get_input_embeddings()  # type: ignore[attr-defined]
         rows = len(embedding.weight)  # type: ignore[arg-type]
         size = rows if new_num_tokens is None else new_num_tokens
-        for given in (size, pad_to_multiple_of):
-            if given is not None and (not isinstance(given, int) or given < 1):
-                raise ConfigError(f"{given!r} tokens: expected an integer of at least 1")
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{size!r} tokens: expected an integer of at least 1")
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                # The words of transformers, since callers look for them.
+                raise ConfigError(
+                    f"Asking to pad the embedding matrix to a multiple of `{pad_to_multiple_of}`, which is not and "
+                    "integer. Please make sure to pass an integer of at least 1"
+                )
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         return embedding if size == rows else resize(self, size, mean_resizing=mean_resizing)
 

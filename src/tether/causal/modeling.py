@@ -1,13 +1,13 @@
 """CausalQwenForCausalLM: a backbone that infers a cause U at every token and acts from it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from tether.causal.action import Action
 from tether.causal.balance import balance_of
@@ -16,6 +16,7 @@ from tether.causal.contract import TransformersContract
 from tether.causal.counterfactual import Abducted, abduct
 from tether.causal.features import join_features
 from tether.causal.fingerprint import Fingerprinted
+from tether.causal.fused import Fusion
 from tether.causal.generation import CausalGeneration
 from tether.causal.layers import Abduction, NumericEmbedding
 from tether.causal.memory import attach
@@ -62,7 +63,8 @@ class CausalQwenForCausalLM(
 
     config_class = CausalQwenConfig
     # The deltas of a fusion are float32 whatever the base is: they were measured so, and are taken out bit for bit.
-    _keep_in_fp32_modules_strict = ("fusion",)
+    # So are thresholds and noise: in float16 they would overflow.
+    _keep_in_fp32_modules_strict: tuple[str, ...] = ("fusion", "threshold", "class_noise")
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -80,6 +82,10 @@ class CausalQwenForCausalLM(
         self.numeric = NumericEmbedding(text.hidden_size)
         self.abduction, self.action = make_head(config)
         self.fusion = make_fusion(text.hidden_size, latent_size, config.fusion) if config.fusion else None
+        if self.fusion is None:
+            # What is named has to be there.
+            names = self._keep_in_fp32_modules_strict
+            self._keep_in_fp32_modules_strict = tuple(name for name in names if name != "fusion")
         embedding = self.backbone.get_input_embeddings().weight
         # The name of the embedding differs between architectures; tying must know it.
         name = next(name for name, parameter in self.named_parameters() if parameter is embedding)
@@ -105,6 +111,10 @@ class CausalQwenForCausalLM(
             module.reset_action()
         elif isinstance(module, NumericEmbedding):
             module.reset_direction()
+        elif isinstance(module, Fusion):
+            # Nothing is moved by a delta that a checkpoint lacks.
+            for part in module.parameters(recurse=False):
+                nn.init.zeros_(part)
 
     @classmethod
     def from_backbone(
@@ -164,7 +174,7 @@ class CausalQwenForCausalLM(
         warp: Callable[[Tensor], Tensor] | None = None,
         output_weights: bool = False,
         num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalOutput:
         """Run the model.
 

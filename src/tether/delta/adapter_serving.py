@@ -7,7 +7,6 @@ running: an adapter's own drift in a context is known only from its pass.
 """
 
 import copy
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -34,8 +33,9 @@ from tether.delta.cache import backbone_print
 from tether.delta.fusion import manner
 from tether.delta.gate import put_gate
 from tether.errors import CheckpointError, ConfigError
+from tether.files import read_bytes
 from tether.names import inside
-from tether.reading import read_bytes
+from tether.reading import JSON_BYTES, parse_json
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
@@ -60,11 +60,13 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
     config_class = AdaptedConfig
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *_: Any, **options: Any) -> "AdaptedForCausalLM":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *_: Any, **options: Any
+    ) -> "AdaptedForCausalLM":
         """Serve again what `save_adapted` wrote.
 
         Args:
-            folder: written by `save_adapted`.
+            pretrained_model_name_or_path: folder written by `save_adapted`.
             options: `dtype` of the base's weights; others have no meaning here.
 
         Returns:
@@ -73,7 +75,7 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         Raises:
             CheckpointError: the folder is damaged, or the base found is another one.
         """
-        folder = Path(folder)
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: expected a folder that 'tether fuse' wrote; download it first")
         config = AdaptedConfig.from_pretrained(folder)
@@ -146,13 +148,9 @@ def find_base(folder: Path, said: str | None) -> str:
         if not (found.is_dir() or (found.is_file() and found.suffix.lower() == ".gguf")):
             raise CheckpointError(_not_followed(folder, said))
     if (found / "config.json").is_file():
-        text = read_bytes(found / "config.json")
-        try:
-            content = json.loads(text)  # by no schema of ours: some architectures have infinity in theirs
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{found / 'config.json'}: expected JSON ({error}); take another copy"
-            ) from error
+        text = read_bytes(found / "config.json", JSON_BYTES)
+        # By no schema of ours, since any architecture's is good here; some have infinity in theirs.
+        content = parse_json(text, found / "config.json", foreign=True)
         if isinstance(content, dict) and content.get("model_type") == AdaptedConfig.model_type:
             raise CheckpointError(f"{folder}: its base {found} is an adapted model; expected a plain one")
     return asked or str(found)
