@@ -14,6 +14,7 @@ import tiny
 from tether.causal import mixture, walk
 from tether.causal.evidence import Rule
 from tether.causal.experts import CLIP
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.memory import Memory
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
@@ -23,7 +24,7 @@ from tether.delta.gate import Gate
 from tether.errors import CheckpointError, ConfigError
 
 H = 32
-RULE = Rule(prior=0.6, restarts=(0.0, 0.02, 0.2), floor=0.05, hold=1)
+RULE = Rule(prior=0.6, restarts=(0.0, 0.02, 0.2), floor=0.05, hold=1, grace=2)
 NATIVE = ("symmetric", "linear", "geodesic")
 SHUT = -1.0
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
@@ -85,11 +86,12 @@ def scored_alone(model, weighted, ids, **options):
         return torch.stack([each(input_ids=ids, **options).logits.double() for each in experts])
 
 
-def gates_alone(model, weighted, ids, gated, hold=RULE.hold, given=None):
+def gates_alone(model, weighted, ids, gated, rule=RULE, given=None):
     """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T).
 
-    From the position `given` on the model wrote: who was awake at the end of the given text stays, and nobody wakes.
+    From the position `given` on the model wrote: who would be awake at the next given token stays, and nobody wakes.
     """
+    hold = rule.hold
     found = [torch.ones_like(ids, dtype=torch.bool)]
     for delta in weighted:
         with torch.no_grad():
@@ -98,9 +100,9 @@ def gates_alone(model, weighted, ids, gated, hold=RULE.hold, given=None):
                 if gated
                 else found[0]
             )
-        held = [gate[:, max(0, t - hold) : t + 1].any(1) for t in range(ids.shape[1])]
-        for t in range(ids.shape[1] if given is None else given, ids.shape[1]):
-            held[t] = held[t - 1] if t else gate[:, t] & False
+        held = [gate[:, max(0, t - hold) : t + 1].any(1) | (t < rule.grace) for t in range(ids.shape[1])]
+        for t in range(ids.shape[1] if given is None or not gated else given, ids.shape[1]):
+            held[t] = gate[:, max(0, given - hold) : given].any(1)
         found += [torch.stack(held, 1)] * len(delta.strengths)
     return torch.stack(found)
 
@@ -160,7 +162,7 @@ def check(model, weighted, ids, rule=RULE, gated=True, **options):
     """A fusion gives the weights and the law that are worked out by hand."""
     fused = fuse(model, weighted, rule=rule, gated=gated)
     scores = scored_alone(model, weighted, ids)
-    awake = gates_alone(model, weighted, ids, gated, rule.hold)
+    awake = gates_alone(model, weighted, ids, gated, rule)
     choice = chosen(model, weighted, ids, awake) if gated and len(weighted) > 1 else None
     counts = [len(each.strengths) for each in weighted]
     weights = by_hand(scores.softmax(-1), awake, ids, rule, counts, choice=choice)
@@ -782,11 +784,13 @@ def shut(delta):
 def test_where_only_the_base_is_awake_its_scores_are_served_bit_for_bit(model, deltas, ids):
     with torch.no_grad():
         base = model(input_ids=ids)
-        out = fuse(model, {shut(delta): 1.0 for delta in deltas}, rule=RULE)(input_ids=ids)
+        closed = {shut(delta): 1.0 for delta in deltas}
+        assert not torch.equal(fuse(model, closed, rule=RULE)(input_ids=ids).logits[:, 0], base.logits[:, 0])
+        out = fuse(model, closed, rule=dataclasses.replace(RULE, grace=0))(input_ids=ids)
         assert torch.equal(out.logits, base.logits)
         for name in ("value", "value_loc", "value_scale", "latent_loc", "latent_log_scale"):
             assert torch.equal(getattr(out, name), getattr(base, name)), name
-        some = fuse(model, dict.fromkeys(deltas, 1.0), rule=dataclasses.replace(RULE, hold=0))
+        some = fuse(model, dict.fromkeys(deltas, 1.0), rule=dataclasses.replace(RULE, hold=0, grace=0))
         out = some(input_ids=ids)
         alone = out.gates.sum(0) == 0
         assert 0 < int(alone.sum()) < alone.numel()
@@ -809,6 +813,7 @@ def test_an_expert_that_overflows_sleeps(ids, head, size, others):
     with torch.no_grad():
         # Two classes of which one has an infinite score wherever U is as far away as that.
         model.action.weight[200], model.action.weight[201] = 5.0, -5.0
+    renew_fingerprint(model)
     deltas = [
         random_delta(model, name, seed, chart)
         for seed, (name, chart) in enumerate(zip("abc", NATIVE, strict=True))
@@ -900,6 +905,7 @@ def counted():
     with torch.no_grad():
         model.action.bias[NUM] = 4.5
         model.action.value_weight.mul_(4)
+    renew_fingerprint(model)
     own = [
         random_delta(model, name, seed, chart, size=8.0)
         for seed, (name, chart) in enumerate(zip("abc", NATIVE, strict=True))

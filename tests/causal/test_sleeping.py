@@ -6,7 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tether.causal.sleeping import NEVER, recent_mean, since_open
+from tether.causal.sleeping import recent_mean, since_open
+
+NEVER = 1000
 
 
 @pytest.mark.parametrize("window", [1, 3, 50])
@@ -25,7 +27,8 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
 
 
 @settings(max_examples=400)
-@example([(False, True, 1, False)] * 3, 1, 1, 0)
+@example([(False, True, 1, False)] * 3, 1, 1, 0, 0)
+@example([(False, True, 1, False)] * 9, 2, 5, 7, 3)
 @given(
     st.lists(
         st.tuples(st.booleans(), st.booleans(), st.integers(0, 6), st.booleans()), min_size=1, max_size=30
@@ -33,8 +36,9 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
     st.integers(0, 7),
     st.integers(0, 29),
     st.one_of(st.none(), st.integers(0, 29)),
+    st.integers(0, 4),
 )
-def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written):
+def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written, grace):
     """Against a loop; a text begins where the third number is 0, the fourth is padding, and cuts do not matter."""
     mask = [not (pad and at) for at, (*_, pad) in enumerate(text)]
     expected, places, place, now = [], [], -1, [NEVER, NEVER]
@@ -44,24 +48,27 @@ def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written):
             if place == 0:
                 now = [NEVER, NEVER]
             if hold and written is not None and at >= written:
-                now = [0 if known <= hold else NEVER for known in now]
+                now = [0 if known < hold else NEVER for known in now]
             else:
                 now = [
                     0 if gate else min(known + 1, NEVER) for gate, known in zip((one, two), now, strict=True)
                 ]
-        expected.append(list(now))
+                if place < grace:
+                    now = [min(known, hold) for known in now]
+        expected.append([min(known, hold + 1) for known in now])
         places.append(max(place, 0))
     opened = torch.tensor([[pair[:2] for pair in text]]) & torch.tensor([mask]).unsqueeze(-1)
     whole = opened, torch.tensor([mask]), torch.tensor([places])
     seen = torch.tensor([mask])[0]
-    found = since_open(*whole, hold=hold, written=written)
+    found = since_open(*whole, hold=hold, grace=grace, written=written)
     assert torch.equal(found[0][seen], torch.tensor(expected)[seen].int())
     cut = min(cut, len(text) - 1)
-    first = since_open(*(part[:, :cut] for part in whole), hold=hold, written=written)
+    first = since_open(*(part[:, :cut] for part in whole), hold=hold, grace=grace, written=written)
     rest = since_open(
         *(part[:, cut:] for part in whole),
         first,
         hold=hold,
+        grace=grace,
         written=None if written is None else written - cut,
     )
     assert torch.equal(torch.cat([first, rest], 1)[0][seen], found[0][seen])
@@ -72,6 +79,6 @@ def test_places_that_a_caller_gives_to_padding_begin_no_text():
     mask = torch.tensor([[False, True, True, False, True]])
     places = torch.tensor([[-1, 0, 1, 0, 2]])
     opened = torch.tensor([[False, True, False, False, False]]).unsqueeze(-1)
-    assert since_open(opened, mask, places)[0, mask[0], 0].tolist() == [0, 1, 2]
+    assert since_open(opened, mask, places, hold=5)[0, mask[0], 0].tolist() == [0, 1, 2]
     states = torch.tensor([[[9.0], [1.0], [3.0], [9.0], [5.0]]])
     assert bool(recent_mean(states, places, 2).isfinite().all())

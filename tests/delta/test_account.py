@@ -234,7 +234,7 @@ def test_where_only_the_base_is_awake_nothing_is_lost(base, deltas, windows):
         Delta(**{**delta.__dict__, "gate": delta.gate._replace(threshold=torch.full((4,), -1.0))})
         for delta in deltas
     ]
-    fused = fuse(base, dict.fromkeys(shut, 1.0))
+    fused = fuse(base, dict.fromkeys(shut, 1.0), rule=Rule(grace=0))
     (found,) = account([fused], windows)
     assert torch.equal(found.nll, found.base_nll)
     for values in (found.softmax_kl, found.parts_kl, found.latent_drift, found.gain):

@@ -13,7 +13,6 @@ from tether.causal import walk
 from tether.causal.evidence import Rule
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
-from tether.causal.sleeping import NEVER
 from tether.causal.walk import PROMPT, Reading
 from tether.delta.account import account
 from tether.delta.adapter import Adapter, Attached, lora_config
@@ -30,7 +29,7 @@ from tether.errors import ConfigError
 from tether.store.documents import write_documents
 
 WINDOW = 3
-RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2)
+RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2, grace=0)
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 257}
 
 
@@ -305,7 +304,7 @@ def scripted(monkeypatch, pattern):
     """Let adapters be awake by place: pattern maps a place to the adapters awake there."""
 
     def since(opened, mask, places, before=None, **_):
-        found = torch.full(opened.shape, NEVER)
+        found = torch.full(opened.shape, 99)
         for row in range(len(mask)):
             for column, place in enumerate(places[row].tolist()):
                 found[row, column, list(pattern(row, place))] = 0

@@ -73,6 +73,7 @@ class _Description(Strict):
     floor: Annotated[float, Field(ge=0, lt=1)] | None = None
     choice: bool | None = None
     hold: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    grace: Annotated[int, Field(ge=0, le=2**31)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "_Description":

@@ -49,13 +49,15 @@ class Rule:
         floor: weight that the base has at least in what is served, in [0, 1).
         choice: whether the gates' choice is an expert, where gates tell several domains apart.
         hold: tokens for which a domain stays awake after its gate has closed, >= 0.
+        grace: tokens at the beginning of a text at which every domain is awake, >= 0.
     """
 
-    prior: float = 0.75
+    prior: float = 0.9
     restarts: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1)
     floor: float = 0.0
     choice: bool = True
     hold: int = 32
+    grace: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -64,8 +66,9 @@ class Rule:
             raise ConfigError(f"restarts={list(self.restarts)}: expected one or more shares in [0, 1)")
         if not 0 <= self.floor < 1:
             raise ConfigError(f"floor={self.floor}: expected a weight in [0, 1)")
-        if self.hold < 0:
-            raise ConfigError(f"hold={self.hold}: expected a number of tokens, 0 or more")
+        for name in ("hold", "grace"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a number of tokens, 0 or more")
 
     def described(self) -> dict[str, Any]:
         """Write the rule into a description.
@@ -81,7 +84,7 @@ class Rule:
 
         Args:
             description: `CausalQwenConfig.fusion` of a fusion by evidence, or the like; one that says nothing of
-                choice and hold was written before there were any, and is served without.
+                choice, hold or grace was written before there were any, and is served without.
 
         Returns:
             The rule.
@@ -92,6 +95,7 @@ class Rule:
             floor=float(description["floor"]),
             choice=bool(description.get("choice", False)),
             hold=int(description.get("hold", 0)),
+            grace=int(description.get("grace", 0)),
         )
 
 

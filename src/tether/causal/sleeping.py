@@ -7,10 +7,9 @@ into calls.
 import torch
 from torch import Tensor
 
-__all__ = ["NEVER", "recent_mean", "since_open"]
+__all__ = ["recent_mean", "since_open"]
 
 NEVER = 2**30
-"""Tokens since a gate was open that never was."""
 
 
 def recent_mean(states: Tensor, places: Tensor, window: int, before: Tensor | None = None) -> Tensor:
@@ -51,15 +50,17 @@ def since_open(
     before: Tensor | None = None,
     *,
     hold: int = 0,
+    grace: int = 0,
     written: int | None = None,
 ) -> Tensor:
     """Count the tokens since each gate was open in the same text.
 
     A gate that closes for a few tokens in the middle of its domain would put the expert to sleep that has just earned
-    its weight (docs/log.md); so who is awake is decided by this count. On text that the model writes itself it is
-    decided by the given text before it: who is awake at its end stays so, and nobody else wakes. Gates judge text that
-    came. On what the model writes they would hand a domain's text to the base little by little, and lead text that
-    nobody asked a domain for away from the base.
+    its weight (docs/log.md); so who is awake is decided by this count. At the beginning of a text gates cannot tell,
+    while the first tokens often can; so there everybody counts as awake. On text that the model writes itself it is
+    decided by the given text before it: who would be awake at the next token of it stays so, and nobody else wakes.
+    Gates judge text that came. On what the model writes they would hand a domain's text to the base little by little,
+    and lead text that nobody asked a domain for away from the base.
 
     Args:
         opened: which gates are open, shape (B, T, N), bool.
@@ -67,10 +68,11 @@ def since_open(
         places: place of each token in its text, from 0, shape (B, T).
         before: what this returned for the positions before, of which the last is of use, shape (B, P, N).
         hold: for how many tokens more a gate counts as open, >= 0; with 0 nothing is different in written text.
+        grace: for how many tokens of a text everybody counts as awake for the last time, >= 0.
         written: first position here that the model wrote itself, <= 0 where it was before; None where all are given.
 
     Returns:
-        Tokens since, shape (B, T, N), int32: 0 where open, `NEVER` where it was not open in this text.
+        Tokens since, shape (B, T, N), int32: 0 where open, at most `hold` where it counts as open, else `hold` + 1.
     """
     count = mask.int().cumsum(1)
     at = count.unsqueeze(-1)
@@ -79,11 +81,12 @@ def since_open(
         last = torch.maximum(last, -before[:, -1:].to(last))
     start = torch.where((places == 0) & mask, count, 1 - NEVER).cummax(1).values.unsqueeze(-1)
     since = torch.where(last >= start, at - last, NEVER)
+    since = torch.where((places < grace).unsqueeze(-1), since.clamp(max=hold), since)
     if hold and written is not None and written < since.shape[1]:
         first = max(written, 0)
         held, at_held = (before, 0) if first == 0 else (since[:, :first], at[:, first - 1 : first])
         since[:, first:] = NEVER
         if held is not None and held.shape[1]:
-            counted = torch.where(held[:, -1:] <= hold, at_held, -NEVER)
+            counted = torch.where(held[:, -1:] < hold, at_held, -NEVER)
             since[:, first:] = torch.where(counted >= start[:, first:], 0, NEVER)
-    return since.int()
+    return since.clamp(max=hold + 1).int()

@@ -87,6 +87,7 @@ class Walk:
             reading.places,
             self.held.get("since"),
             hold=mixture.hold,
+            grace=mixture.rule.grace,
             written=self.written,
         )
         self.domains = mixture.awake(self.since, reading.mask)
