@@ -7,9 +7,9 @@ import math
 DEEP, HUGE = "deep", "huge"
 EVIL = [
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**63) - 1, 10**39, HUGE, 0.5, -0.0, 1e308, math.nan, math.inf,
-    "", "a", "x" * 100_000, "../../x", "/etc/passwd", "C:\\x", "\\\\host\\share", "..", ".", "con", "a/b", "law\n",
-    "\u202elaw", "\x1b[2J", "\ud800", "\0", "(a+)+$", "sha256:0", "http://localhost/x", [], {}, [[]], [0], [None],
-    ["../x"], {"": None}, {"a": {"b": []}}, [1e400], [True], DEEP,
+    "", "a", "x" * 100_000, "../../x", "/etc/passwd", "C:\\x", "\\\\host\\share", "~nobody", "..", ".", "con", "a/b",
+    "law\n", "\u202elaw", "\x1b[2J", "\ud800", "\0", "(a+)+$", "sha256:0", "http://localhost/x", [], {}, [[]], [0],
+    [None], ["../x"], {"": None}, {"a": {"b": []}}, [1e400], [True], DEEP,
 ]  # fmt: skip
 """Values that no field may make anything of but an error: other types, other sizes, other places, other text."""
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tether.errors import CheckpointError, ConfigError
+from tether.files import is_plain
 from tether.reading import (
     DEEPEST,
     JSON_BYTES,
@@ -14,6 +15,7 @@ from tether.reading import (
     Strict,
     checked,
     finite,
+    parse_as,
     parse_json,
     read_json,
     read_yaml,
@@ -108,6 +110,33 @@ def test_a_schema_names_every_wrong_field():
         checked(Leash, {"nats": "0.5", "chart": 1}, "a.json")
     for field in ("nats", "metric", "chart"):
         assert f"{field}: " in str(refused.value)
+
+
+def test_files_of_other_libraries_have_infinity_and_any_text_and_the_same_bounds_else():
+    text = '{"limit": [0.0, Infinity], "token": "\\ud800\\u0000", "length": 1000000000000000019884624838656}'
+    assert parse_json(text, "config.json", foreign=True) == json.loads(text)
+    with pytest.raises(CheckpointError):
+        parse_json(text, "config.json")
+    for name in ("a thousand digits", "a field twice", "deep", "just too deep", "cut", "other bytes"):
+        with pytest.raises(CheckpointError):
+            parse_json(JSONS[name][0], "config.json", foreign=True)
+
+
+def test_json_is_parsed_and_checked_at_once():
+    class Leash(Strict):
+        nats: float
+
+    assert parse_as(Leash, b'{"nats": 0.5}', "a.json").nats == 0.5
+    for text in ('{"nats": NaN}', '{"nats": "0.5"}', '{"nats": 0.5, "nats": 1}', '{"nats": 1, "more": 2}'):
+        with pytest.raises(ConfigError, match=r"^a\.json: "):
+            parse_as(Leash, text, "a.json", error=ConfigError)
+
+
+def test_paths_that_no_file_can_have_are_no_files(tmp_path):
+    (tmp_path / "a").write_text("x")
+    assert is_plain(tmp_path / "a")
+    for path in (tmp_path, tmp_path / "b", tmp_path / "a" / "b", tmp_path / ("x" * 10_000), "a\0b"):
+        assert not is_plain(path)
 
 
 def test_what_json_cannot_hold_becomes_null():

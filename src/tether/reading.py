@@ -2,7 +2,6 @@
 
 import json
 import math
-import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from tether.errors import CheckpointError, TetherError
+from tether.files import read_bytes
 from tether.names import check_name
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "Strict",
     "checked",
     "finite",
+    "parse_as",
     "parse_json",
-    "read_bytes",
     "read_json",
     "read_yaml",
 ]
@@ -38,6 +38,7 @@ _DIGITS: Final = 40
 """Characters of a whole number at most, before it is made one."""
 _WHOLE: Final = 2**64
 """Whole numbers are smaller than this, in size."""
+_HOLDERS: Final = (dict, list, tuple)
 
 Name = Annotated[str, AfterValidator(check_name)]
 """The name of a domain, as a field of a schema."""
@@ -49,41 +50,6 @@ class Strict(BaseModel):
     """Base of the schemas: no unknown fields, no number for a text or the other way round, no NaN and no infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def read_bytes(
-    path: str | Path, most: int = JSON_BYTES, *, error: type[TetherError] = CheckpointError
-) -> bytes:
-    """Read a whole file that is small, and is one: no device, pipe or folder.
-
-    Args:
-        path: the file.
-        most: bytes that it may have.
-        error: what to raise.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        TetherError: of the type given, if it is missing, is no file, is larger, or cannot be read.
-    """  # noqa: DOC502 - `error` is raised
-    path = Path(path)
-    try:
-        # A pipe would be waited for when it is opened.
-        plain = stat.S_ISREG(path.stat().st_mode)
-        content = b""
-        if plain:
-            with path.open("rb") as stream:
-                content = stream.read(most + 1)
-    except FileNotFoundError as missing:
-        raise error(f"{path}: no such file; check the path") from missing
-    except (OSError, ValueError) as broken:
-        raise error(f"{path}: cannot be read ({broken}); check the path and its permissions") from broken
-    if not plain:
-        raise error(f"{path}: expected a file; this is a folder, a device or a pipe")
-    if len(content) > most:
-        raise error(f"{path}: larger than {most:,} bytes, which no such file needs; take another copy")
-    return content
 
 
 def read_json(path: str | Path, *, error: type[TetherError] = CheckpointError) -> Any:
@@ -99,15 +65,19 @@ def read_json(path: str | Path, *, error: type[TetherError] = CheckpointError) -
     Raises:
         TetherError: of the type given, if it cannot be read, or is none that `parse_json` takes.
     """  # noqa: DOC502 - raised by what it calls
-    return parse_json(read_bytes(path, error=error), path, error=error)
+    return parse_json(read_bytes(path, JSON_BYTES, error=error), path, error=error)
 
 
-def parse_json(text: str | bytes, where: str | Path, *, error: type[TetherError] = CheckpointError) -> Any:
+def parse_json(
+    text: str | bytes, where: str | Path, *, foreign: bool = False, error: type[TetherError] = CheckpointError
+) -> Any:
     """Parse JSON as its standard has it: no NaN, no field twice; and within bounds.
 
     Args:
         text: JSON, bytes in UTF-8.
         where: what to call it in an error.
+        foreign: whether NaN, infinity and any text pass, as in what Python's json writes: configs and tokenizers of
+            transformers, figures of a run.
         error: what to raise.
 
     Returns:
@@ -123,13 +93,13 @@ def parse_json(text: str | bytes, where: str | Path, *, error: type[TetherError]
     try:
         content = json.loads(
             text.decode("utf-8-sig") if isinstance(text, bytes) else text,
-            parse_constant=_no_number, parse_int=_whole, object_pairs_hook=_once,
+            parse_constant=None if foreign else _no_number, parse_int=_whole, object_pairs_hook=_once,
         )  # fmt: skip
     except RecursionError as deep:
         raise error(f"{where}: lists and objects deeper than {DEEPEST}; take another copy") from deep
     except ValueError as broken:
         raise error(f"{where}: expected JSON ({broken}); take another copy") from broken
-    _check(content, where, error)
+    _check(content, where, error, foreign)
     return content
 
 
@@ -154,14 +124,14 @@ def read_yaml(path: str | Path, *, error: type[TetherError] = CheckpointError) -
         raise error(
             f"{path}: expected YAML of at most {DEEPEST} levels, without aliases ({said})"
         ) from broken
-    _check(content, path, error)
+    _check(content, path, error, False)
     return content
 
 
 def checked(
     schema: type[_S], content: Any, where: str | Path, *, error: type[TetherError] = CheckpointError
 ) -> _S:
-    """Check what was read against its schema.
+    """Check content against the bounds of `parse_json` and its schema.
 
     Args:
         schema: the fields it must have.
@@ -174,8 +144,35 @@ def checked(
 
     Raises:
         TetherError: of the type given; the message names every field that is missing, unknown or wrong.
-    """  # noqa: DOC502 - `error` is raised
-    _check(content, where, error)
+    """  # noqa: DOC502 - raised by what it calls
+    _check(content, where, error, False)
+    return _fields(schema, content, where, error)
+
+
+def parse_as(
+    schema: type[_S],
+    text: str | bytes,
+    where: str | Path,
+    *,
+    foreign: bool = False,
+    error: type[TetherError] = CheckpointError,
+) -> _S:
+    """Parse JSON and check it against its schema: `parse_json` and `checked` in one.
+
+    Args:
+        schema: the fields it must have.
+        text: JSON, bytes in UTF-8.
+        where: what to call it in an error.
+        foreign: as of `parse_json`, for fields of any type.
+        error: what to raise.
+
+    Returns:
+        The content as fields.
+    """
+    return _fields(schema, parse_json(text, where, foreign=foreign, error=error), where, error)
+
+
+def _fields(schema: type[_S], content: Any, where: str | Path, error: type[TetherError]) -> _S:
     try:
         return schema.model_validate(content)
     except ValidationError as wrong:
@@ -253,31 +250,47 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Goes through everything without recursion; the parser has bounded what can be here only roughly.
-def _check(content: Any, where: str | Path, error: type[TetherError]) -> None:
-    waiting: list[tuple[Any, tuple[Any, ...]]] = [(content, ())]
+# Goes through everything without recursion; the parser has bounded what can be here only roughly. Places are chains of
+# the holder's place and the key in it, since most of them are never named.
+def _check(content: Any, where: str | Path, error: type[TetherError], foreign: bool) -> None:
+    waiting: list[tuple[Any, Any, int]] = [(content, None, 0)]
     while waiting:
-        value, at = waiting.pop()
-        if isinstance(value, dict | list | tuple):
-            if len(at) >= DEEPEST:
-                raise error(f"{where}: {_name(at[:4])}...: lists and objects deeper than {DEEPEST}")
+        value, at, depth = waiting.pop()
+        if isinstance(value, _HOLDERS):
+            if depth >= DEEPEST:
+                raise error(f"{where}: {_name(_path(at)[:4])}...: lists and objects deeper than {DEEPEST}")
+            keyed = isinstance(value, dict)
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                if isinstance(value, dict) and (not isinstance(key, str) or _wrong(key)):
+                if keyed and (not isinstance(key, str) or (not foreign and _wrong(key))):
                     raise error(
-                        f"{where}: {_name(at) or 'all of it'}: a field's name is {ascii(key)[:80]}; expected plain text"
+                        f"{where}: {_name(_path(at)) or 'all of it'}: a field's name is {ascii(key)[:80]}; expected "
+                        "plain text"
                     )
-                waiting.append((inner, (*at, key)))
-        elif wrong := _wrong(value):
-            raise error(f"{where}: {_name(at) or 'all of it'}: {wrong}")
+                # Most of a header or an index is plain text and numbers: what is good costs no more than this look.
+                if inner.__class__ is str and inner.isascii() and "\0" not in inner:
+                    continue
+                if inner.__class__ is int and -_WHOLE < inner < _WHOLE:
+                    continue
+                waiting.append((inner, (at, key), depth + 1))
+        elif not foreign and (wrong := _wrong(value)):
+            raise error(f"{where}: {_name(_path(at)) or 'all of it'}: {wrong}")
+
+
+def _path(at: Any) -> tuple[Any, ...]:
+    keys = []
+    while at:
+        at, key = at
+        keys.append(key)
+    return tuple(reversed(keys))
 
 
 def _wrong(value: Any) -> str | None:
-    if value is None or isinstance(value, bool):
-        return None
     if isinstance(value, str):
         # Half a character cannot be written again, and a zero byte ends a path early.
         half = not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
         return "text with half a character or a zero byte" if half or "\0" in value else None
+    if value is None or isinstance(value, bool):
+        return None
     if isinstance(value, int):
         return None if abs(value) < _WHOLE else "a whole number of more than 64 bits"
     if isinstance(value, float):

@@ -185,7 +185,7 @@ def test_no_lambda_in_reach_publishes_nothing(work, recipe, tether):
 
 
 BAD = {
-    "no recipe": ({}, ["absent.yaml"], "absent.yaml cannot be read"),
+    "no recipe": ({}, ["absent.yaml"], "absent.yaml does not exist"),
     "nowhere to write": ({}, [], "has no out; give --out FOLDER"),
     "a budget without a check": ({}, ["--out", "x", "--accept", "1"], "has no check to hold it against"),
     "a budget of nothing": ({"check": CHECK}, ["--out", "x", "--accept", "0"], "--accept 0.0"),

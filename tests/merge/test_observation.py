@@ -4,6 +4,8 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import CLIPImageProcessor, LlavaProcessor
 from typer.testing import CliRunner
@@ -134,5 +136,14 @@ def test_matrices_of_another_checkpoint_are_refused_by_a_merge(tmp_path):
     (tmp_path / "g-b" / "observation.json").unlink()
     merged("plain", "a", "b")
     (tmp_path / "g-b" / "observation.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"observation\.json is damaged .*expected a JSON mapping"):
+    with pytest.raises(CheckpointError, match=r"observation\.json is damaged: all of it"):
         merged("odd", "a", "b")
+    (tmp_path / "g-b" / "observation.json").unlink()
+    file = tmp_path / "g-b" / "gram-00000.safetensors"
+    with safe_open(str(file), framework="pt") as opened:
+        tensors, aliases = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file, aliases)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        merged("odd", "a", "b")
+    assert not (tmp_path / "odd").exists()

@@ -117,19 +117,32 @@ def test_values_of_the_wrong_kind(tmp_path, models):
 def test_keys_that_come_twice(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("operator: linear\nmodels: {}\noperator: slerp\n")
-    with pytest.raises(ConfigError, match="key 'operator' comes twice"):
+    with pytest.raises(ConfigError, match="'operator': expected each field once"):
         read_recipe(path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n", "lines of 'name: value'"), ("a: [\n", "is not YAML"), (None, "cannot be read")],
+    [
+        ("- a\n", "lines of 'name: value'"),
+        ("a: [\n", "expected YAML"),
+        ("a: &b [1]\nc: *b\n", "without aliases"),
+        ("seed: " + "9" * 50, "a whole number of 50 characters"),
+        (None, "does not exist"),
+    ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, message):
     if text is not None:
         (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_filter_that_would_backtrack_takes_no_time(tmp_path, models):
+    models["overrides"] = [{"match": "*l*l*l*l*l*l*l*l*l*l*l*l*l*l*l*l" + "*e*e*e" * 40, "keep": "a"}]
+    before = time.process_time()
+    refused(tmp_path, models, "matches no tensor of the result")
+    assert time.process_time() - before < 5
 
 
 def test_filters_that_match_nothing(tmp_path, models):

@@ -54,6 +54,28 @@ def test_all_problems_are_named_before_anything_runs(tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "a", "image": "../a.png"}', b'{"text": "a", "image": "/etc/hostname"}',
+        b'{"text": "a", "image": 3}', b'{"text": "\\ud800"}', b'{"text": "a", "text": "b"}', b"[" * 10**5,
+        b'{"text": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_lines_that_lead_out_of_the_folder_or_are_out_of_bounds(tmp_path, line):
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "a.png")
+    (tmp_path / "in" / "probes.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(ConfigError, match="line 2: "):
+        read_probes(tmp_path / "in" / "probes.jsonl")
+
+
+def test_probes_that_are_not_utf8(tmp_path):
+    (tmp_path / "probes.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(ConfigError, match="JSON lines in UTF-8"):
+        read_probes(tmp_path / "probes.jsonl")
+
+
 def test_missing_files_and_arrow_folders(tmp_path):
     with pytest.raises(ConfigError, match="no such probe file"):
         read_probes(tmp_path / "none.jsonl")

@@ -77,9 +77,11 @@ def test_newer_schema_says_upgrade(tmp_path, manifest):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "file: Invalid JSON"),
-        (b'{"schema_version": 1, "kind": "ru', "file: Invalid JSON"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"", "expected JSON"),
+        (b'{"schema_version": 1, "kind": "ru', "expected JSON"),
+        (b"\xff\xfe", "expected JSON"),
+        (b'{"schema_version": 1, "kind": "run", "kind": "merge"}', "a field is there twice"),
+        (b'{"schema_version": "1", "kind": "run"}', "schema_version: Input should be a valid integer"),
         (b"[]", "Expected the fields kind, schema_version, versions, inputs, recipe"),
         (b'{"kind": "run"}', "schema_version: Field required"),
         (b'{"schema_version": 0, "kind": "run"}', "schema_version: Input should be greater"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tether.causal.folder import check_folder
 from tether.errors import CheckpointError, ConfigError
 from tether.store.hashing import sha256_file
 from tether.store.hub import hub_copy
@@ -130,22 +131,6 @@ def _convert_gguf(folder: Path, file: str, target: Path, name: str) -> None:
             raise
 
 
-def _check_local(path: str, name: str) -> None:
-    # Refuse what loading would stumble over only after the long part.
-    folder = Path(path)
-    if not folder.exists():
-        return
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{name}: expected a checkpoint folder with config.json; found none in {folder}"
-        )
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(
-            f"{name}: no tokenizer in {folder} (expected tokenizer.json or tokenizer_config.json); copy the "
-            "base model's tokenizer files there"
-        )
-
-
 def _from_pretrained(loader: Any, path: str, name: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(path, trust_remote_code=False, **options)
@@ -175,7 +160,7 @@ def load_backbone(
         CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
     """  # noqa: DOC502 - raised by what it calls
     path = resolve(name)
-    _check_local(path, name)
+    check_folder(path, name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, path, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import ConfigError
+from tether.files import check_plain
 from tether.store.documents import JSON_LINES
 
 __all__ = ["Document", "Pair", "holds_pairs", "read_pairs"]
@@ -37,6 +38,7 @@ def holds_pairs(path: str | Path) -> bool:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     try:
+        # Not by the strict reader: only the names of the fields are looked at.
         row = json.loads(first.removeprefix(codecs.BOM_UTF8))
     except (ValueError, RecursionError):
         return False
@@ -56,6 +58,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         ConfigError: the file is missing or not UTF-8, a line is not such JSON, or nothing is in it.
     """
     path = Path(path)
+    check_plain(path, error=ConfigError)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -65,6 +68,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         if not line.strip():
             continue
         try:
+            # Not by the strict reader: rows of data sets have fields of any kind, and only these two texts are taken.
             row = json.loads(line)
             pair = Pair("" + row["prompt"], "" + row["completion"])  # a number is no text
             "".join(pair).encode()  # half a character (a lone surrogate) is none either

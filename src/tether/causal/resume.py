@@ -1,20 +1,31 @@
 """The state of a training on disk: weights, optimizer and progress, published whole."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
 
 import torch
+from pydantic import AllowInfNan, NonNegativeInt
 from torch import Tensor, nn
 
 from tether.errors import CheckpointError
+from tether.files import read_bytes
+from tether.reading import JSON_BYTES, Strict, parse_as
 from tether.runs.record import write_record
 from tether.store.reader import CheckpointReader
 from tether.store.writer import publish_folder, write_safetensors
 
 __all__ = ["load_state", "save_state"]
 
+
+class _State(Strict):
+    """How far a training is: steps, and the loss of each, which may be NaN."""
+
+    step: NonNegativeInt
+    curve: list[Annotated[float, AllowInfNan(True)]]
+
+
+_MOMENTS: Final = {"step", "exp_avg", "exp_avg_sq"}
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -29,8 +40,8 @@ def save_state(
     Args:
         folder: where to; appears whole or not at all.
         parameters: the trained parameters by name.
-        optimizer: an optimizer over them that keeps tensors only, such as AdamW.
-        state: progress as JSON; NaN is kept.
+        optimizer: AdamW over them.
+        state: progress: `step`, and `curve` with a loss a step; NaN is kept.
     """
     moments = {
         f"{name}.{key}": value
@@ -70,15 +81,20 @@ def load_state(
             "and options of that training, or choose another folder."
         )
     try:
-        state: dict[str, Any] = {**json.loads((folder / _STATE).read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / _STATE} cannot be read ({error}); choose another folder to train anew"
-        ) from error
+        state = parse_as(_State, read_bytes(folder / _STATE, JSON_BYTES), folder / _STATE, foreign=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or choose another folder to train anew") from error
     saved: dict[str, dict[str, Tensor]] = {}
     for key in moments.names:
         name, _, kind = key.rpartition(".")
         saved.setdefault(name, {})[kind] = moments.tensor(key)
+    wrong = [name for name, found in saved.items() if not _fits(found, parameters.get(name))]
+    wrong += [name for name, parameter in parameters.items() if weights.tensor(name).dtype != parameter.dtype]
+    if wrong or len(state.curve) != state.step:
+        raise CheckpointError(
+            f"{folder} is damaged: {', '.join(wrong) or _STATE} does not fit the rest; choose another folder to train "
+            "anew"
+        )
     optimizer.state.clear()
     for name, parameter in parameters.items():
         parameter.copy_(weights.tensor(name))
@@ -88,4 +104,15 @@ def load_state(
                 kind: value.to(parameter.device) if value.dim() else value
                 for kind, value in saved[name].items()
             }
-    return state
+    return state.model_dump()
+
+
+def _fits(moments: Mapping[str, Tensor], parameter: nn.Parameter | None) -> bool:
+    return (
+        parameter is not None
+        and moments.keys() == _MOMENTS
+        and all(
+            value.shape == (() if kind == "step" else parameter.shape) and value.is_floating_point()
+            for kind, value in moments.items()
+        )
+    )

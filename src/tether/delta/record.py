@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from tether.causal.description import check_description
 from tether.delta.claims import SCHEMA_VERSION
 from tether.errors import CertificateError, CheckpointError, ConfigError, TetherError
+from tether.files import read_bytes
 from tether.names import inside
-from tether.reading import Strict, checked, parse_json, read_bytes, read_json
+from tether.reading import JSON_BYTES, Strict, checked, parse_json, read_json
 from tether.store.publish import write_json
 from tether.store.signing import sign
 
@@ -264,7 +265,7 @@ def is_certificate(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
-        text = read_bytes(path)
+        text = read_bytes(path, JSON_BYTES)
         content = parse_json(text, path) if b'"seal"' in text else None
     except TetherError:
         return False

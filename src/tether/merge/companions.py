@@ -1,11 +1,12 @@
 """The files beside the weights: found, compared where it matters, and carried into the result."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tether.errors import CheckpointError, ConfigError
+from tether.files import check_plain, read_bytes
+from tether.reading import JSON_BYTES, parse_json
 
 __all__ = ["TEMPLATES", "Folder", "config_for", "differing_tokens", "locate", "read_folder"]
 
@@ -29,6 +30,8 @@ _MODEL: Final = (
     "video_preprocessor_config.json",
 )
 _PARTS: Final = ("text_config", "backbone_config", "quantization_config")
+TOKENIZER_BYTES: Final = 256 * 2**20
+"""Size of a tokenizer's file at most: eight times that of Gemma's."""
 TEMPLATES: Final = "additional_chat_templates"
 """Folder of the chat templates beside the default one."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -64,9 +67,14 @@ def locate(path: str) -> Path:
     Raises:
         CheckpointError: If nothing is there, or it cannot be fetched.
         ConfigError: If it is a pickle or GGUF file, or a folder with no other weights.
-    """  # noqa: DOC502 - CheckpointError is raised by _fetched
-    local = Path(path).expanduser()
-    if not local.exists():
+    """
+    try:
+        local = Path(path).expanduser()
+        there = local.exists()
+    # A name that is too long, or of a user that there is none of.
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path[:400]!r} is no path ({error}); expected a folder or a file") from error
+    if not there:
         return _fetched(path)
     if local.is_file() and local.suffix in _PICKLES:
         raise ConfigError(
@@ -122,12 +130,14 @@ def read_folder(path: Path) -> Folder:
         The files; a single safetensors file has none.
 
     Raises:
-        CheckpointError: If ``config.json`` is damaged.
+        CheckpointError: If ``config.json`` is damaged, or a file beside it is a device or a pipe.
     """  # noqa: DOC502 - raised by _json
     if path.is_file():
         return Folder(path, {}, (), ())
-    config, sha256 = _config(path / "config.json") if (path / "config.json").is_file() else ({}, "")
-    there = {file.name: file for file in path.iterdir() if file.is_file()}
+    config, sha256 = _config(path / "config.json") if (path / "config.json").exists() else ({}, "")
+    there = {file.name: file for file in path.iterdir() if file.name in {*_TOKENIZER, *_MODEL}}
+    for file in there.values():
+        check_plain(file)
     return Folder(
         path,
         config,
@@ -138,7 +148,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def _config(file: Path) -> tuple[dict[str, Any], str]:
-    content, sha256 = _json(file)
+    content, sha256 = _json(file, JSON_BYTES)
     wrong = [key for key in _PARTS if not isinstance(content.get(key) or {}, dict)]
     if wrong:
         raise CheckpointError(f"{file} is damaged: {', '.join(wrong)} is no mapping. Copy it again.")
@@ -210,28 +220,32 @@ def differing_tokens(one: Folder, other: Folder) -> str | None:
 def _vocabulary(files: dict[str, Path]) -> dict[str, int]:
     try:
         if "tokenizer.json" in files:
-            content, _ = _json(files["tokenizer.json"])
+            content, _ = _json(files["tokenizer.json"], TOKENIZER_BYTES)
             words = content["model"]["vocab"]
             if isinstance(words, list):  # Unigram: pairs of token and score
                 words = {token: number for number, (token, _) in enumerate(words)}
-            return {**words, **{each["content"]: each["id"] for each in content.get("added_tokens", ())}}
-        words, _ = _json(files["vocab.json"])
-        return words | (_json(files["added_tokens.json"])[0] if "added_tokens.json" in files else {})
+            words = {**words, **{each["content"]: each["id"] for each in content.get("added_tokens", ())}}
+        else:
+            names = [name for name in ("vocab.json", "added_tokens.json") if name in files]
+            words = {
+                token: number
+                for name in names
+                for token, number in _json(files[name], TOKENIZER_BYTES)[0].items()
+            }
+        if wrong := [token for token, number in words.items() if (type(token), type(number)) != (str, int)]:
+            raise TypeError(f"{wrong[0]!r} is no token with a number")
+        return words
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the tokenizer in {next(iter(files.values())).parent} has no vocabulary that can be read "
-            f"({type(error).__name__}: {error}); copy it again from its source"
+            f"({type(error).__name__}: {str(error)[:400]}); copy it again from its source"
         ) from error
 
 
-def _json(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-        if not isinstance(content, dict):
-            raise TypeError("not a mapping")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); expected a JSON mapping. Copy it again."
-        ) from error
+# By no schema: configs and tokenizers are those of any architecture, and what is used of them is checked where it is.
+def _json(path: Path, most: int) -> tuple[dict[str, Any], str]:
+    data = read_bytes(path, most)
+    content = parse_json(data, f"{path} is damaged", foreign=True)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON mapping. Copy it again.")
     return content, hashlib.sha256(data).hexdigest()

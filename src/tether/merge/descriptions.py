@@ -3,47 +3,35 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from tether.errors import CheckpointError
+from tether.files import read_bytes
+from tether.reading import JSON_BYTES, parse_as
 
-__all__ = ["damage", "read_description"]
+__all__ = ["read_description"]
 
 
-def read_description(file: Path, again: str, schema: Any = dict[str, Any]) -> dict[str, Any]:
+def read_description(
+    file: Path, again: str, schema: type[BaseModel], most: int = JSON_BYTES
+) -> dict[str, Any]:
     """Read a description.
 
     Args:
         file: of JSON.
-        again: what to do if it cannot be used.
-        schema: a type of mapping; its fields have to be there, and others may be.
+        again: what to do if it cannot be used, a sentence.
+        schema: its fields.
+        most: bytes that it may have.
 
     Returns:
-        The mapping in it.
+        The fields that are in it, under the names that they have there.
 
     Raises:
-        CheckpointError: It cannot be read, is no JSON, no mapping, or has fields that are missing or wrong.
+        CheckpointError: It cannot be read, is no JSON, or has fields that are missing, unknown or wrong.
     """
+    where = f"{file} is damaged"
     try:
-        content = file.read_bytes()
-        TypeAdapter(schema).validate_json(content)
-        return TypeAdapter(dict[str, Any]).validate_json(content)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({damage(error)}); expected a JSON mapping. {again}"
-        ) from error
-
-
-def damage(error: Exception) -> str:
-    """Say what is wrong with a file that does not fit its schema.
-
-    Args:
-        error: what its reading raised.
-
-    Returns:
-        The first fields that are wrong, or what the error says.
-    """
-    if not isinstance(error, ValidationError):
-        return str(error)
-    listed = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()[:3]]
-    return "; ".join(listed)
+        fields = parse_as(schema, read_bytes(file, most), where)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {again}") from error
+    return fields.model_dump(by_alias=True, exclude_unset=True)

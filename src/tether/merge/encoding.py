@@ -17,7 +17,7 @@ from tether.merge.packing import Pack, pack_sample, spread
 from tether.merge.paths import PathBank
 from tether.merge.probes import probes_hash
 from tether.merge.recorder import Recorder
-from tether.merge.signatures import DESCRIPTION, Signatures
+from tether.merge.signatures import DESCRIPTION, Description, Signatures
 from tether.merge.towers import FAMILIES, find_linears
 from tether.merge.weighting import GAMMA, PathWeights, path_weights
 from tether.store.publish import write_json
@@ -104,7 +104,7 @@ def _hash(bank: PathBank) -> str:
 def _claim(folder: Path, description: dict[str, Any]) -> None:
     file = folder / DESCRIPTION
     if file.is_file():
-        there = read_description(file, "Encode into another folder.")
+        there = read_description(file, "Encode into another folder.", Description)
         differs = sorted(key for key in description if there.get(key) != description[key])
         if differs:
             raise ConfigError(

@@ -10,10 +10,10 @@ from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from tether.errors import CheckpointError
 from tether.merge.floats import BYTES
+from tether.store.reader import CheckpointReader
 
 __all__ = ["BLOCK", "Files", "Seen", "block_bytes", "hash_array", "read_extra"]
 
@@ -135,11 +135,9 @@ def read_extra(file: str, tensor: str) -> npt.NDArray[np.generic]:
         CheckpointError: If the file has gone or is damaged.
     """
     try:
-        with safe_open(file, framework="numpy") as opened:
-            values: npt.NDArray[np.generic] = opened.get_tensor(tensor)
-    except (OSError, SafetensorError) as error:
+        return CheckpointReader(file).array(tensor)
+    except CheckpointError as error:
         raise CheckpointError(f"{file}: {tensor} cannot be read any more ({error})") from error
-    return values
 
 
 def hash_array(values: npt.NDArray[np.generic]) -> bytes:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.packing import Pack
 from tether.merge.towers import FAMILIES, find_linears, find_tower
+from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
 __all__ = ["LayerGrams", "gram_file", "gram_location", "load_grams", "save_grams", "stream_grams"]
@@ -211,17 +211,21 @@ def load_grams(folder: str | Path, layer: int) -> LayerGrams:
         The matrices.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or a matrix that it names is not in it.
+        CheckpointError: the file is missing or damaged, a matrix that it names is not in it, or one is not square or
+            not of finite numbers.
     """
     file = gram_file(folder, layer)
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            grams = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            aliases = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: no Gram matrices ({error}); accumulate them again") from error
-    if lost := sorted(set(aliases.values()) - set(grams)):
+    reader, aliases = _opened(file)
+    if lost := sorted(set(aliases.values()) - set(reader.names)):
         raise CheckpointError(f"{file}: no Gram matrices of {', '.join(lost)}; accumulate them again")
+    grams = {name: reader.tensor(name) for name in reader.names}
+    for name, gram in grams.items():
+        square = gram.dim() == 2 and gram.shape[0] == gram.shape[1] and gram.is_floating_point()
+        if not square or not bool(gram.isfinite().all()):
+            raise CheckpointError(
+                f"{file}: {name} of {gram.dtype} and shape {tuple(gram.shape)} is no square matrix of finite numbers; "
+                "accumulate them again"
+            )
     return LayerGrams(layer, grams | {name: grams[leader] for name, leader in aliases.items()})
 
 
@@ -240,14 +244,18 @@ def gram_location(folder: str | Path, layer: int, module: str) -> tuple[Path, st
         CheckpointError: the file is missing or damaged, or has no such module.
     """
     file = gram_file(folder, layer)
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            names, aliases = set(opened.keys()), opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: no Gram matrices ({error}); accumulate them again") from error
+    reader, aliases = _opened(file)
     name = aliases.get(module, module)
-    if name not in names:
+    if name not in reader.names:
         raise CheckpointError(
-            f"{file}: no Gram matrix of {module}; it has {', '.join(sorted(names | set(aliases)))}"
+            f"{file}: no Gram matrix of {module}; it has {', '.join(sorted({*reader.names, *aliases}))}"
         )
     return file, name
+
+
+def _opened(file: Path) -> tuple[CheckpointReader, dict[str, str]]:
+    try:
+        reader = CheckpointReader(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: no Gram matrices ({error}); accumulate them again") from error
+    return reader, reader.metadata()

@@ -6,11 +6,16 @@ import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 from tether.errors import CheckpointError
+from tether.files import read_bytes
+from tether.reading import parse_json
 
 __all__ = ["Journal", "Written"]
+
+JOURNAL_BYTES: Final = 256 * 2**20
+"""Size of a journal at most: a million tensors have less."""
 
 
 class Written(NamedTuple):
@@ -44,10 +49,11 @@ class Journal:
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
+        content = read_bytes(path, JOURNAL_BYTES) if path.exists() and not fresh else b""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
         self._descriptor = os.open(path, flags, 0o666)
         # A torn last line must not swallow the next one.
-        if (content := path.read_bytes()) and not content.endswith(b"\n"):
+        if content and not content.endswith(b"\n"):
             os.write(self._descriptor, b"\n")
 
     def entries(self) -> dict[str, Written]:
@@ -60,10 +66,10 @@ class Journal:
             CheckpointError: If a whole line is not one that a merge wrote.
         """
         found = {}
-        for number, line in enumerate(self._path.read_bytes().split(b"\n"), start=1):
+        for number, line in enumerate(read_bytes(self._path, JOURNAL_BYTES).split(b"\n"), start=1):
             try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):
+                content = parse_json(line, self._path, foreign=True)
+            except CheckpointError:
                 continue  # torn
             if problem := _problem(content):
                 raise CheckpointError(

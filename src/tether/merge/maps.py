@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from tether.errors import CheckpointError, ShapeError
+from tether.files import read_bytes
 from tether.merge.axes import Axis, Sizes, axes_of, layer_of
 
 __all__ = ["Maps", "axis_index", "bring", "check_maps", "read_maps", "source_name"]
@@ -25,6 +26,8 @@ __all__ = ["Maps", "axis_index", "bring", "check_maps", "read_maps", "source_nam
 Index = npt.NDArray[np.int64]
 Maps = Mapping[str, Index]
 
+MAPS_BYTES: Final = 2**30
+"""Size of a file of maps at most: those of a decoder with 128 layers and half a million tokens have less."""
 _NESTED: Final = ("query", "value")
 
 
@@ -41,9 +44,11 @@ def read_maps(path: str | PathLike[str]) -> tuple[dict[str, Index], str]:
         CheckpointError: If it is missing, damaged, or holds anything but integers.
     """
     try:
-        content = Path(path).read_bytes()
+        # Not by the reader of checkpoints: the hash has to be that of the bytes that the maps come from.
+        content = read_bytes(Path(path), MAPS_BYTES)
         maps = load(content)
-    except (OSError, SafetensorError) as error:
+    # Types that numpy lacks are a KeyError of the library, sizes that it cannot make a ValueError.
+    except (CheckpointError, SafetensorError, KeyError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"index maps {path} cannot be read ({error}); expected a safetensors file"
         ) from error

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.probes import EncodedProbe
 from tether.merge.towers import refuse_image_positions
+from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
 __all__ = ["PathBank", "load_bank", "nucleus_sample", "sample_paths", "save_bank"]
@@ -234,17 +234,37 @@ def load_bank(path: str | Path) -> PathBank:
     Raises:
         CheckpointError: the file is missing, damaged or no bank.
     """
-    probes: dict[int, dict[str, Tensor]] = {}
     try:
-        with safe_open(str(path), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name.startswith("probe."):
-                    _, number, field = name.split(".", 2)
-                    probes.setdefault(int(number), {})[field] = opened.get_tensor(name)
-            tokens, log_prob, lengths = (
-                opened.get_tensor(name) for name in ("tokens", "log_prob", "lengths")
-            )
-            encoded = [EncodedProbe(probes[i].pop("input_ids"), probes[i]) for i in range(len(tokens))]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        reader = CheckpointReader(path)
+        probes: dict[str, dict[str, Tensor]] = {}
+        for name in reader.names:
+            if name.startswith("probe."):
+                _, number, field = [*name.split(".", 2), "", ""][:3]
+                probes.setdefault(number, {})[field] = reader.tensor(name)
+        tokens, log_prob, lengths = (reader.tensor(name) for name in ("tokens", "log_prob", "lengths"))
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: not a bank of paths ({error}); sample the paths again") from error
-    return PathBank(encoded, tokens, log_prob, lengths)
+    listed = [
+        probes.pop(str(number), {}) for number in range(len(tokens) if tokens.dim() and tokens.numel() else 0)
+    ]
+    encoded = [EncodedProbe(each.pop("input_ids", lengths), each) for each in listed]
+    bank = PathBank(encoded, tokens, log_prob, lengths)
+    if probes or not _fits(bank):
+        raise CheckpointError(
+            f"{path}: not a bank of paths (its tensors do not fit together); sample the paths again"
+        )
+    return bank
+
+
+def _fits(bank: PathBank) -> bool:
+    tokens, log_prob, lengths = bank.tokens, bank.log_prob, bank.lengths
+    if tokens.dim() != 3 or tokens.shape != log_prob.shape or tokens.shape[:2] != lengths.shape:
+        return False
+    whole = [tokens, lengths, *(probe.input_ids for probe in bank.probes)]
+    if any(values.dtype != torch.int64 or values.numel() == 0 or int(values.min()) < 0 for values in whole):
+        return False
+    if any(probe.input_ids.dim() != 1 for probe in bank.probes):
+        return False
+    if not log_prob.is_floating_point() or not bool(log_prob.isfinite().all()):
+        return False
+    return int(lengths.min()) >= 1 and int(lengths.max()) <= tokens.shape[2]

@@ -10,10 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from tether._version import __version__
-from tether.errors import ConfigError
+from tether.errors import CheckpointError, ConfigError
 from tether.merge.conventions import compare_conventions
 from tether.merge.files import BLOCK
 from tether.merge.floats import BYTES
@@ -24,6 +22,7 @@ from tether.merge.operator import Extra, Operator
 from tether.merge.operators import OPERATORS
 from tether.merge.planner import Planner, Schemas, TensorPlan
 from tether.merge.recipe import Recipe
+from tether.store.reader import CheckpointReader
 
 __all__ = ["Plan", "make_plan", "start_of"]
 
@@ -274,10 +273,9 @@ def _missing_extras(tensors: tuple[TensorPlan, ...]) -> list[str]:
             if extra.file not in shapes:
                 shapes[extra.file] = {}
                 try:
-                    with safe_open(extra.file, framework="numpy") as file:
-                        names = list(file.keys())
-                        shapes[extra.file] = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                except (OSError, SafetensorError) as error:
+                    file = CheckpointReader(extra.file)
+                    shapes[extra.file] = {name: file.shape(name) for name in file.names}
+                except CheckpointError as error:
                     problems.append(
                         f"{extra.file}, which {tensor.name} needs for {key}, cannot be read: {error}"
                     )

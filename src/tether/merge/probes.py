@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tether.causal.loading import load_backbone, resolve
-from tether.errors import CheckpointError, ConfigError
+from tether.errors import CheckpointError, ConfigError, TetherError
+from tether.files import is_plain
+from tether.names import inside
+from tether.reading import Strict, parse_as
 
 __all__ = [
     "EncodedProbe",
@@ -36,6 +39,14 @@ class Probe(BaseModel):
     """A file that Pillow reads, shown before the text unless the text holds an image token."""
 
 
+class _Line(Strict):
+    """A line of a file of probes, or of a folder's metadata."""
+
+    text: str
+    image: str | None = None
+    file_name: str | None = None
+
+
 class EncodedProbe(NamedTuple):
     """A probe as one model reads it.
 
@@ -51,7 +62,7 @@ class EncodedProbe(NamedTuple):
 def read_probes(path: str | Path) -> list[Probe]:
     """Read probes: JSON lines, or a folder in the `datasets` ImageFolder layout.
 
-    A line has `text` and, optionally, `image`, a path relative to the file. A folder holds
+    A line has `text` and, optionally, `image`, a path inside the file's folder. A folder holds
     `metadata.jsonl` whose lines have `text` and `file_name` (the name ImageFolder gives the image).
 
     Args:
@@ -76,25 +87,27 @@ def read_probes(path: str | Path) -> list[Probe]:
     if not file.is_file():
         raise ConfigError(f"{path}: no such probe file; expected JSON lines with text and, optionally, image")
     probes, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: expected JSON lines in UTF-8 that can be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"line {number}"
         try:
-            fields = json.loads(line)
-            if folder and isinstance(fields, dict) and "file_name" in fields:
-                fields["image"] = fields.pop("file_name")
-            probe = Probe.model_validate(fields)
-        except (json.JSONDecodeError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            problems.append(f"line {number}: {reason}, got {line[:60]!r}")
+            fields = parse_as(_Line, line, where)
+            name = fields.file_name if folder and fields.file_name is not None else fields.image
+            image = None if name is None else inside(file.parent, name)
+        except TetherError as error:
+            said = str(error).removeprefix(f"{where}: ")
+            problems.append(f"{where}: {said[:400]}, got {line[:60]!r}")
             continue
-        if not probe.text.strip():
-            problems.append(f"line {number}: the text is empty")
-        if probe.image is not None:
-            probe = probe.model_copy(update={"image": file.parent / probe.image})
-            if not (probe.image and probe.image.is_file()):
-                problems.append(f"line {number}: no image {probe.image}")
-        probes.append(probe)
+        if not fields.text.strip():
+            problems.append(f"{where}: the text is empty")
+        if image is not None and not is_plain(image):
+            problems.append(f"{where}: no image {str(image)[:400]}")
+        probes.append(Probe(text=fields.text, image=image))
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise ConfigError(f"{file}: expected objects with text and, optionally, image; {shown}")
@@ -150,7 +163,8 @@ def _encode_image(probe: Probe, processor: Any) -> EncodedProbe:
     try:
         with Image.open(str(probe.image)) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
+    # Pillow raises a dozen types for what is none, and for one of too many pixels.
+    except Exception as error:
         raise ConfigError(
             f"{probe.image}: not an image that Pillow reads ({error}); replace the file"
         ) from error
@@ -229,6 +243,7 @@ def tokenizers_agree(first: Any, second: Any) -> bool:
         return type(first) is type(second)
     parts = []
     for tokenizer in (first, second):
+        # Not by the strict reader: no file, but what the library in memory says of itself.
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         parts.append({key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
     return parts[0] == parts[1]

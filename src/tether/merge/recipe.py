@@ -6,10 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tether.errors import ConfigError
+from tether.reading import read_yaml
 
 __all__ = ["BASE", "Check", "Model", "Override", "Recipe", "read_recipe", "validated"]
 
@@ -135,12 +135,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
             that it does not define; one message lists all of them.
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read ({error}); expected a YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, error=ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path}: expected lines of 'name: value', with operator and models")
     recipe = validated(Recipe, content, f"recipe {path}")
@@ -217,15 +212,3 @@ def _keys(schema: type[BaseModel]) -> list[str]:
     nested = (Override, Check) if schema is Recipe else ()
     fields = [(name, field.alias) for each in (schema, *nested) for name, field in each.model_fields.items()]
     return [alias or name for name, alias in fields]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a later key replace an equal earlier one in silence; this does not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if doubled := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {doubled[0]!r} comes twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)

@@ -4,28 +4,25 @@ from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tether.errors import CheckpointError
-from tether.merge.descriptions import damage
+from tether.merge.descriptions import read_description
 from tether.merge.journal import Written
 from tether.merge.plan import Plan
+from tether.reading import Strict
 
 __all__ = ["REPORT", "make_report", "read_report"]
 
 REPORT: Final = "merge.json"
 """The file in a merged model's folder: what rounding lost, each tensor's hash, how it was checked."""
+REPORT_BYTES: Final = 256 * 2**20
+"""Size of a report at most: a million tensors have less."""
 
 _Count = Annotated[int, Field(ge=0)]
-_Figure = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(ge=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class _Plan(_Strict):
+class _Plan(Strict):
     operator: str
     models: dict[str, str]
     into: str
@@ -40,49 +37,49 @@ class _Plan(_Strict):
     notes: list[str]
 
 
-class _Worst(_Strict):
+class _Worst(Strict):
     tensor: str
     share_of_change: _Positive
 
 
-class _Rounding(_Strict):
+class _Rounding(Strict):
     share_of_change: _Positive
     worst: _Worst | None
 
 
-class _Divergence(_Strict):
-    mean: _Figure
-    p99: _Figure
-    max: _Figure
+class _Divergence(Strict):
+    mean: float
+    p99: float
+    max: float
     standard_error: _Positive | None
 
 
-class _Comparison(_Strict):
+class _Comparison(Strict):
     tokens: _Count
-    nll_reference: _Figure
-    nll_merged: _Figure
+    nll_reference: float
+    nll_merged: float
     kl: _Divergence
 
 
-class _Try(_Strict):
-    factor: _Figure = Field(alias="lambda")
-    worst_mean_kl: _Figure
+class _Try(Strict):
+    factor: float = Field(alias="lambda")
+    worst_mean_kl: float
 
 
-class _Search(_Strict):
-    value: _Figure
+class _Search(Strict):
+    value: float
     tried: list[_Try]
 
 
-class _Check(_Strict):
+class _Check(Strict):
     references: dict[str, dict[str, _Comparison]]
-    worst_mean_kl: _Figure
+    worst_mean_kl: float
     budget: _Positive | None
     accepted: bool | None
     search: _Search | None = Field(alias="lambda", default=None)
 
 
-class _Report(_Strict):
+class _Report(Strict):
     plan: _Plan
     rounding: _Rounding
     tensors: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
@@ -126,13 +123,6 @@ def read_report(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it is missing, is no JSON, or has a field that is missing, unknown or wrong.
-    """
-    file = folder / REPORT
-    try:
-        report = _Report.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({damage(error)}); expected the report of a merge. Remove {folder}, "
-            "and do the merge again."
-        ) from error
-    return report.model_dump(by_alias=True, exclude_unset=True)
+    """  # noqa: DOC502 - raised by read_description
+    again = f"Expected the report of a merge: remove {folder}, and do the merge again."
+    return read_description(folder / REPORT, again, _Report, REPORT_BYTES)

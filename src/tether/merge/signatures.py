@@ -4,24 +4,33 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
-from pydantic import BaseModel, PositiveInt
-from safetensors import SafetensorError, safe_open
+from pydantic import PositiveInt
 from torch import Tensor
 
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.descriptions import read_description
+from tether.reading import Strict
+from tether.store.reader import CheckpointReader
 
-__all__ = ["DESCRIPTION", "FIELDS", "Signature", "Signatures"]
+__all__ = ["DESCRIPTION", "FIELDS", "Description", "Signature", "Signatures"]
 
 DESCRIPTION: Final = "signatures.json"
 FIELDS: Final = ("activation", "gradient", "paper_gradient", "fisher")
 
 
-class _Description(BaseModel):
+class Description(Strict):
+    """``signatures.json``: what was encoded, and how."""
+
     samples: PositiveInt
     chunk: PositiveInt
-    modules: dict[str, PositiveInt]
+    weighting: str
+    gamma: float | None
     gradients: bool
+    reference: str | None
+    model: str
+    paths: str
+    probes: str
+    modules: dict[str, PositiveInt]
 
 
 class Signature(NamedTuple):
@@ -60,15 +69,19 @@ class Signatures:
         if not file.is_file():
             raise CheckpointError(f"{folder}: no {DESCRIPTION} in it; encode the model first")
         self.description: dict[str, Any] = read_description(
-            file, "Encode again into another folder.", _Description
+            file, "Encode again into another folder.", Description
         )
-        count = -(-self.description["samples"] // self.description["chunk"])
-        self._files = [self._folder / f"signatures-{i:05d}.safetensors" for i in range(count)]
-        if missing := [file.name for file in self._files if not file.is_file()]:
+        self._samples, self._chunk = self.description["samples"], self.description["chunk"]
+        count = -(-self._samples // self._chunk)
+        there = {each.name for each in self._folder.glob("signatures-*.safetensors")}
+        # No list of as many names as a file asks for: at most one more than there are files is looked at.
+        names = [f"signatures-{i:05d}.safetensors" for i in range(min(count, len(there) + 1))]
+        if missing := [name for name in names if name not in there]:
             raise CheckpointError(
-                f"{folder}: {len(missing)} of {count} files are missing, the first {missing[0]}; encode again, it "
-                "goes on where it stopped"
+                f"{folder}: {count - len(names) + len(missing)} of {count} files are missing, the first {missing[0]}; "
+                "encode again, it goes on where it stopped"
             )
+        self._files = [self._folder / name for name in names]
 
     @property
     def modules(self) -> dict[str, int]:
@@ -78,17 +91,17 @@ class Signatures:
     @property
     def loss(self) -> Tensor:
         """phi[2] of each sample, the weighted length-normalised loss, nats, shape (n,)."""
-        return self._read("loss")
+        return self._read("loss", ())
 
     @property
     def log_mass(self) -> Tensor:
         """Logarithm of the sum of the document's weights, 0 for averages, shape (n,)."""
-        return self._read("log_mass")
+        return self._read("log_mass", ())
 
     @property
     def effective(self) -> Tensor:
         """Effective number of paths of each sample, shape (n,)."""
-        return self._read("effective")
+        return self._read("effective", ())
 
     def signature(self, module: str) -> Signature:
         """Read one module.
@@ -106,7 +119,8 @@ class Signatures:
             raise ConfigError(
                 f"{module} was not encoded; expected one of {', '.join(self.description['modules'])}"
             )
-        return Signature(*(self._read(f"{module}.{field}") for field in FIELDS))
+        neurons = self.description["modules"][module]
+        return Signature(*(self._read(f"{module}.{field}", (neurons,)) for field in FIELDS))
 
     def phi(self, module: str, gradient: str = "true") -> Tensor:
         """Put the three components together.
@@ -148,14 +162,24 @@ class Signatures:
         share = torch.exp(log_mass - scale) / len(log_mass)
         return torch.einsum("n,ndc->dc", share, phi), float(scale)
 
-    def _read(self, name: str) -> Tensor:
-        parts = []
-        for file in self._files:
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        parts: list[Tensor] = []
+        for number, file in enumerate(self._files):
+            rows = min(self._chunk, self._samples - number * self._chunk)
             try:
-                with safe_open(str(file), framework="pt") as opened:
-                    parts.append(opened.get_tensor(name))
-            except (OSError, SafetensorError) as error:
+                part = CheckpointReader(file).tensor(name)
+            except CheckpointError as error:
                 raise CheckpointError(
                     f"{file}: cannot be read ({error}); remove it and encode again"
                 ) from error
+            if (
+                part.shape != (rows, *shape)
+                or not part.is_floating_point()
+                or part.dtype != (parts or [part])[0].dtype
+            ):
+                raise CheckpointError(
+                    f"{file}: {name} is of {part.dtype} and shape {tuple(part.shape)}, expected floats of shape "
+                    f"{(rows, *shape)}; remove it and encode again"
+                )
+            parts.append(part)
         return torch.cat(parts)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, NonNegativeInt
 
 from tether.errors import CheckpointError
-from tether.merge.descriptions import damage, read_description
+from tether.merge.descriptions import read_description
 from tether.merge.files import Seen, block_bytes, hash_array, read_extra
 from tether.merge.floats import BYTES, finite
 from tether.merge.opening import Opened
 from tether.merge.operator import Extra
+from tether.reading import Strict
 from tether.store.hashing import sha256_file
 from tether.store.publish import write_json
 from tether.store.reader import CheckpointReader
@@ -27,14 +28,29 @@ __all__ = ["OBSERVATION", "Survey", "check_observed", "read_observation", "surve
 OBSERVATION: Final = "observation.json"
 """Describes a folder of Gram matrices, see `tether.merge.observation`."""
 
+RECORD_BYTES: Final = 2**30
+"""Size of the record of a reading at most; it has 64 bytes for each 512 KiB of bfloat16."""
+
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Blocks = Annotated[str, Field(pattern="^([0-9a-f]{64})*$")]
 
 
-class _Record(BaseModel):
-    """What a resumed merge is told of the reading; its seal is the SHA-256 of the other fields."""
+class _Observation(Strict):
+    """How Gram matrices were observed; folders that are made by hand may say less."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model: str | None = None
+    probes: str | None = None
+    samples: NonNegativeInt | None = None
+    paths: NonNegativeInt | None = None
+    shortest: NonNegativeInt | None = None
+    longest: NonNegativeInt | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    checkpoint: str | None = None
+
+
+class _Record(Strict):
+    """What a resumed merge is told of the reading; its seal is the SHA-256 of the other fields."""
 
     fingerprints: dict[str, _Digest]
     blocks: dict[str, dict[str, _Blocks]]
@@ -119,7 +135,7 @@ def survey(
         CheckpointError: If a file cannot be read, was changed since it was opened, or holds NaN or infinity (one
             message names all tensors); if the record is damaged.
     """
-    if record and record.is_file():
+    if record and record.exists():
         return _recorded(record)
     total = sum(file.stat().st_size for model in opened.values() for file in model.reader.files)
     done, lock = [0], threading.Lock()
@@ -146,7 +162,13 @@ def survey(
     for extra in extras:
         tensors = needed.setdefault(extra.file, {})
         if extra.tensor not in tensors:
-            tensors[extra.tensor] = hash_array(read_extra(extra.file, extra.tensor))
+            values = read_extra(extra.file, extra.tensor)
+            if values.dtype.kind != "f" or not np.isfinite(values).all():
+                raise CheckpointError(
+                    f"{extra.file}: {extra.tensor} is of {values.dtype} or holds NaN or infinity, expected finite "
+                    "floats; observe the model again"
+                )
+            tensors[extra.tensor] = hash_array(values)
     found = Survey(
         fingerprints={name: fingerprint for name, (fingerprint, _, _) in zip(opened, results, strict=True)},
         blocks={name: blocks for name, (_, blocks, _) in zip(opened, results, strict=True)},
@@ -206,28 +228,21 @@ def _seal(content: dict[str, Any]) -> str:
 
 
 def _recorded(record: Path) -> Survey:
-    try:
-        known = _Record.model_validate_json(record.read_bytes())
-        content = known.model_dump(exclude={"seal"})
-        if _seal(content) != known.seal:
-            raise ValueError("seal: the other fields do not have this hash")
-    except ValueError as error:
-        raise CheckpointError(
-            f"{record} is damaged ({damage(error)}); expected what the interrupted merge had read of its inputs. What "
-            "that merge had finished is removed: start the same merge again"
-        ) from error
-    return Survey(
-        fingerprints=known.fingerprints,
-        blocks={
-            name: {each: bytes.fromhex(text) for each, text in of.items()}
-            for name, of in known.blocks.items()
-        },
-        files=known.files,
-        extras={
-            file: {each: bytes.fromhex(text) for each, text in of.items()}
-            for file, of in known.extras.items()
-        },
+    again = (
+        "Expected what the interrupted merge had read of its inputs. What that merge had finished is removed: start "
+        "the same merge again"
     )
+    content = read_description(record, again, _Record, RECORD_BYTES)
+    if content.pop("seal") != _seal(content):
+        raise CheckpointError(f"{record} is damaged: seal: the other fields do not have this hash. {again}")
+    nested = {
+        field: {
+            name: {each: bytes.fromhex(text) for each, text in of.items()}
+            for name, of in content[field].items()
+        }
+        for field in ("blocks", "extras")
+    }
+    return Survey(fingerprints=content["fingerprints"], files=content["files"], **nested)
 
 
 def read_observation(folder: str | Path) -> dict[str, Any] | None:
@@ -240,10 +255,10 @@ def read_observation(folder: str | Path) -> dict[str, Any] | None:
         The description; None where there is none.
 
     Raises:
-        CheckpointError: It cannot be read, or is no mapping.
+        CheckpointError: It cannot be read, or has fields that are unknown or wrong.
     """  # noqa: DOC502 - raised by read_description
     file = Path(folder) / OBSERVATION
-    return read_description(file, "Observe the model again.") if file.is_file() else None
+    return read_description(file, "Observe the model again.", _Observation) if file.exists() else None
 
 
 def check_observed(folder: str | Path, fingerprint: str, name: str) -> None:

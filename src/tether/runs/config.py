@@ -4,12 +4,28 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from tether.errors import CheckpointError, ConfigError
+from tether.files import read_bytes
+from tether.reading import JSON_BYTES, Strict, parse_as
 from tether.runs.record import SCHEMA_VERSION, hash_json, write_record
 
 __all__ = ["CONFIG", "read_config", "refuse_other_config", "write_config"]
 
 CONFIG: Final = "run.json"
+
+
+class _Version(BaseModel):
+    """The field that every version has, so that a newer one is told from a damaged one."""
+
+    schema_version: int
+
+
+class _Config(Strict):
+    schema_version: int
+    config_hash: str
+    config: dict[str, Any]
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -39,24 +55,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: If the folder is not that of a run, or ``run.json`` is damaged or of another version.
     """
     path = folder / CONFIG
-    try:
-        content = json.loads(path.read_bytes())
-        version, config, config_hash = (content[key] for key in ("schema_version", "config", "config_hash"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is not the folder of a run: it has no run.json. Check the path."
-        ) from error
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}); expected JSON as a run writes it. Choose "
-            "another folder."
-        ) from error
+    if not path.exists():
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no run.json. Check the path.")
+    where = f"{path} is damaged"
+    text = read_bytes(path, JSON_BYTES)
+    version = parse_as(_Version, text, where, foreign=True).schema_version
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path} has schema version {version}; expected {SCHEMA_VERSION}. Use the tether that wrote it, "
             "or choose another folder."
         )
-    if not isinstance(config, dict) or hash_json(config) != config_hash:
+    read = parse_as(_Config, text, where, foreign=True)
+    config = read.config
+    if hash_json(config) != read.config_hash:
         raise CheckpointError(
             f"{path} was changed by hand: its config does not have the config_hash beside it. Undo the "
             "change, or choose another folder."

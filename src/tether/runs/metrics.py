@@ -1,12 +1,13 @@
 """``metrics.jsonl``: one JSON object a line, appended, readable whatever moment its writer was killed at."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from tether.errors import CheckpointError, ConfigError
+from tether.files import check_plain
+from tether.reading import parse_json
 from tether.runs.record import to_json, unwritable
 
 __all__ = ["METRICS", "append_metrics", "cut_torn_line", "mark_started", "read_metrics"]
@@ -73,8 +74,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = parse_json(line, path, foreign=True)
+        except CheckpointError:
             values = None
         if not isinstance(values, dict):
             raise CheckpointError(
@@ -89,6 +90,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     if path.exists():
+        check_plain(path)
         with path.open("rb") as file:
             yield from file
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel
+from pydantic import NonNegativeInt
 
 from tether.errors import CheckpointError, ConfigError
+from tether.files import is_plain, read_bytes
+from tether.reading import JSON_BYTES, Strict, parse_as
 from tether.store.hashing import sha256_file
 from tether.store.publish import publish_file
 
@@ -35,17 +37,21 @@ SCHEMA_VERSION: Final = 1
 _TEMPORARY = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}", re.DOTALL)
 
 
-class _Output(BaseModel):
-    size: int
+class _Output(Strict):
+    size: NonNegativeInt
     sha256: str
 
 
-class _Record(BaseModel):
+class _Record(Strict):
     schema_version: int
+    stage: str
     config_hash: str
     inputs: dict[str, str]
     outputs: dict[str, _Output]
     figures: dict[str, Any]
+    cpu_seconds: float
+    wall_seconds: float
+    peak_rss_bytes: NonNegativeInt
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -158,7 +164,7 @@ def outputs_stand(folder: Path, record: dict[str, Any]) -> bool:
         CheckpointError: If one cannot be read.
     """  # noqa: DOC502 - raised by sha256_file
     files = [(folder / path, output) for path, output in record["outputs"].items()]
-    if not all(file.is_file() and file.stat().st_size == output["size"] for file, output in files):
+    if not all(is_plain(file) and file.stat().st_size == output["size"] for file, output in files):
         return False
     return all(sha256_file(file) == output["sha256"] for file, output in files)
 
@@ -173,11 +179,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
         The record; None where there is none that can be used, so that the stage is done again.
     """
     try:
-        content = path.read_bytes()
-        _Record.model_validate_json(content)
-        # Python's own reader gives back NaN among the figures.
-        record: dict[str, Any] = json.loads(content)
-    except (OSError, ValueError, RecursionError):
+        record = parse_as(_Record, read_bytes(path, JSON_BYTES), path, foreign=True).model_dump()
+    except CheckpointError:
         return None
     return record if record["schema_version"] == SCHEMA_VERSION else None
 

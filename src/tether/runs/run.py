@@ -170,6 +170,7 @@ class Run:
                 "peak_rss_bytes": usage.peak_rss_bytes,
             },
         )
+        # Not by the strict reader: these bytes were written a line above, with whatever figures the work gave.
         figures = json.loads(path.read_bytes())["figures"]
         return dict(figures)
 

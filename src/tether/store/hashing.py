@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from tether.errors import CheckpointError
+from tether.files import check_plain
 
 __all__ = ["file_chunks", "sha256_file", "unreadable"]
 
@@ -23,8 +24,9 @@ def sha256_file(path: str | PathLike[str]) -> str:
         64 hexadecimal digits.
 
     Raises:
-        CheckpointError: If it is missing or cannot be read.
+        CheckpointError: If it is missing, is a device or a pipe, which may have no end, or cannot be read.
     """
+    check_plain(path)
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

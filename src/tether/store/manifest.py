@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tether._version import __version__
 from tether.errors import CheckpointError
+from tether.files import read_bytes
+from tether.reading import JSON_BYTES, parse_json
 from tether.store.publish import write_json
 
 __all__ = [
@@ -138,20 +140,16 @@ def read_manifest(folder: str | PathLike[str]) -> Manifest:
         CheckpointError: If it is missing, unreadable, of a newer schema, or has fields that are wrong.
     """
     path = Path(folder) / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    if Path(folder).is_dir() and not path.exists():
         raise CheckpointError(
             f"{folder} has no {MANIFEST}; expected a folder that tether wrote. Check the path."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); expected JSON text. Copy it again from its source."
-        ) from error
+        )
+    text = read_bytes(path, JSON_BYTES)
+    parse_json(text, path)
     try:
         header = _Header.model_validate_json(text)
         if header.schema_version <= SCHEMA_VERSION:
-            return Manifest.model_validate_json(text)
+            return Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         details = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()

@@ -5,13 +5,17 @@ import json
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from pathlib import Path
+from typing import TYPE_CHECKING, final
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import numpy.typing as npt
 
 from tether.errors import CheckpointError, ShapeError
+from tether.files import is_plain
+from tether.names import inside
 from tether.store.hashing import file_chunks, unreadable
+from tether.store.headers import Entry, get, opened, read_header, read_index
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +24,6 @@ __all__ = ["CheckpointReader"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-class _Entry(NamedTuple):
-    """Where one tensor lies: bytes ``start`` (included) to ``stop`` (excluded) of ``file``."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @final
@@ -63,13 +57,13 @@ class CheckpointReader:
     def __init__(self, path: str | PathLike[str]) -> None:
         self._path = Path(path)
         self._metadata: list[tuple[Path, dict[str, str]]] = []
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         single = self._path / SINGLE if self._path.is_dir() else self._path
         if single.exists() or not self._path.is_dir():
-            self._entries, metadata = _read_header(single)
+            self._entries, metadata = read_header(single)
             self._metadata.append((single, metadata))
         elif (self._path / INDEX).exists():
-            self._open_shards(_read_index(self._path / INDEX))
+            self._open_shards(read_index(self._path / INDEX))
         else:
             raise CheckpointError(
                 f"{self._path} holds no weights that can be read: expected {SINGLE} or {INDEX} in it. "
@@ -79,21 +73,23 @@ class CheckpointReader:
 
     def _open_shards(self, weight_map: Mapping[str, str]) -> None:
         problems: list[str] = []
-        shards: dict[str, dict[str, _Entry]] = {}
+        shards: dict[str, dict[str, Entry]] = {}
         for shard in sorted(set(weight_map.values())):
-            relative = PurePosixPath(shard)
-            if relative.is_absolute() or ".." in relative.parts:
-                problems.append(f"shard {shard} lies outside the folder")
-            elif not (self._path / relative).is_file():
+            try:
+                file = inside(self._path, shard)
+            except CheckpointError:
+                problems.append(f"shard {shard[:400]} lies outside the folder")
+                continue
+            if not is_plain(file):
                 count = sum(name == shard for name in weight_map.values())
-                problems.append(f"shard {shard} is absent (it should hold {count} tensors)")
+                problems.append(f"shard {shard[:400]} is absent (it should hold {count} tensors)")
             else:
                 try:
-                    shards[shard], metadata = _read_header(self._path / relative)
+                    shards[shard], metadata = read_header(file)
                 except CheckpointError as error:
                     problems.append(str(error))
                 else:
-                    self._metadata.append((self._path / relative, metadata))
+                    self._metadata.append((file, metadata))
         for name, shard in sorted(weight_map.items()):
             if shard in shards:
                 if name in shards[shard]:
@@ -160,10 +156,24 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: If there is no tensor of that name, or its file has gone or changed since.
-        """  # noqa: DOC502 - raised by _entry and _opened
-        with _opened(self._entry(name).file, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor.clone()
+        """  # noqa: DOC502 - raised by _entry and get
+        tensor: torch.Tensor = get(self._entry(name), name, "pt")
+        return tensor.clone()
+
+    def array(self, name: str) -> npt.NDArray[np.generic]:
+        """Read one whole tensor without torch.
+
+        Args:
+            name: One of ``names``, of a type that numpy has.
+
+        Returns:
+            The tensor in its stored type and shape, in memory of its own.
+
+        Raises:
+            CheckpointError: If there is no tensor of that name, numpy lacks its type, or its file has gone or changed.
+        """  # noqa: DOC502 - raised by _entry and get
+        values: npt.NDArray[np.generic] = get(self._entry(name), name, "numpy")
+        return values
 
     def slice(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Read rows ``start`` (included) to ``stop`` (excluded) of a tensor, without reading the others.
@@ -179,7 +189,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: If there is no tensor of that name, or its file has gone or changed since.
             ShapeError: If the rows are not all there.
-        """  # noqa: DOC502 - CheckpointError is raised by _entry and _opened
+        """  # noqa: DOC502 - CheckpointError is raised by _entry and opened
         entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ShapeError(
@@ -187,7 +197,7 @@ class CheckpointReader:
                 "expected 0 <= start <= stop <= shape[0]. Take the bounds from shape(name); read a scalar "
                 "with tensor(name)."
             )
-        with _opened(entry.file, "pt") as file:
+        with opened(entry.file, "pt") as file:
             rows: torch.Tensor = file.get_slice(name)[start:stop]
             return rows.clone()
 
@@ -241,7 +251,7 @@ class CheckpointReader:
                 raise CheckpointError(unreadable(entry.file, error)) from error
         return digest.hexdigest()
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         try:
             return self._entries[name]
         except KeyError:
@@ -250,38 +260,3 @@ class CheckpointReader:
                 f"tensor {name} was asked of {self._path}, which holds {len(self._entries)} others (similar: "
                 f"{close}). Take a name from names, or give the checkpoint that this one was made for."
             ) from None
-
-
-# On opening, safetensors checks that the header is sound and covers the file exactly.
-def _opened(file: Path, framework: str) -> Any:
-    try:
-        return safe_open(file, framework=framework)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(unreadable(file, error)) from error
-
-
-def _read_header(file: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
-    with _opened(file, "numpy"):
-        pass
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {}
-    for name, tensor in header.items():
-        start, stop = (8 + length + offset for offset in tensor["data_offsets"])
-        entries[name] = _Entry(file, tensor["dtype"], tuple(tensor["shape"]), start, stop)
-    return entries, metadata
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_bytes())["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("weight_map values must be file names")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is not the index of a sharded checkpoint ({type(error).__name__}: {error}). Expected "
-            "JSON with a weight_map from tensor names to file names. Copy or download it again."
-        ) from error
-    return dict(weight_map)
