@@ -144,5 +144,5 @@ def test_bad_arguments(plain):
     endless.eos_token = None
     with pytest.raises(ConfigError, match="no end token"):
         make_examples(["abc"], endless, packed=True)
-    with pytest.raises(ConfigError, match="expected JSON lines"):
+    with pytest.raises(ConfigError, match=r"absent\.jsonl does not exist"):
         read_pairs("absent.jsonl")

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 import tiny
 from tether.causal.counterfactual import Abducted, abduct, replay
 from tether.causal.evidence import Rule
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.posterior import Posterior
@@ -37,6 +38,7 @@ def make(gated=False, size=2.0, numbers=False):
         with torch.no_grad():
             model.action.bias[model.config.num_token_id] = 6.0
             model.action.value_weight.mul_(5)
+        renew_fingerprint(model)
     deltas = [random_delta(model, name, seed, size) for seed, name in enumerate("ab")]
     alone = [model] + [fuse(model, {d: s}, by="sum", gated=False) for d in deltas for s in d.strengths]
     return fuse(model, dict.fromkeys(deltas, 1.0), rule=RULE, gated=gated), alone

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import tiny
 from tether.causal.checkpoint import save_checkpoint
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.delta import Delta
@@ -175,6 +176,7 @@ def test_it_loads_where_tether_cannot_be_imported(kind, tokenizer, tmp_path):
 
 def with_bias(model):
     torch.nn.init.normal_(model.abduction.loc.bias, std=0.5)
+    renew_fingerprint(model)
     return model
 
 
@@ -218,7 +220,8 @@ def test_what_is_not_a_static_map_is_refused_with_every_reason(tokenizer, tmp_pa
     refused(fuse(model, {linear: 0.5}, chart="geodesic"), "does not add moves of the location")
     torch.nn.init.normal_(model.abduction.log_scale.weight)
     torch.nn.init.normal_(model.abduction.mlp[2].weight)
-    refused(fuse(model, {linear: 1.0}, chart="linear"), "scale of U depends on the context", "MLP")
+    renew_fingerprint(model)
+    refused(fuse(model, {delta(model, "l"): 1.0}, chart="linear"), "scale of U depends on the context", "MLP")
 
 
 def test_a_delta_of_weight_zero_is_no_obstacle():

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import tiny
 from tether.cauchy.divergence import drift
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget, cvar
@@ -212,6 +213,7 @@ def numeric(tmp_path_factory):
     assert model.action.bias is not None
     with torch.no_grad():
         model.action.bias[:-1] = 0.5 * torch.randn(258, generator=torch.Generator().manual_seed(1))
+    renew_fingerprint(model)
     folder = tmp_path_factory.mktemp("states")
     texts = {"digits": ("digits", 1), "words": ("words", 2), "words-held-out": ("words", 3)}
     caches = {

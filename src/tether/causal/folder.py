@@ -27,7 +27,15 @@ _WIDTHS: Final = (
     "d_ff",
     "d_kv",
 )
-_DEPTHS: Final = ("layers", "n_layer", "_blocks", "_levels")
+# Whole names: `max_window_layers` and the like count no layers that are made.
+_DEPTHS: Final = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 
 
 def check_folder(path: str, name: str) -> None:
@@ -73,7 +81,7 @@ def _check_sizes(folder: Path, file: Path, content: dict[str, Any]) -> None:
     numbers = max(sum(prod(reader.shape(name)) for name in reader.names), LEAST_BOUND)
     for field, value in _fields(content):
         key = field.rpartition(".")[2]
-        most = len(reader.names) if key.endswith(_DEPTHS) else numbers if key.endswith(_WIDTHS) else None
+        most = len(reader.names) if key in _DEPTHS else numbers if key.endswith(_WIDTHS) else None
         if most is not None and value > most:
             raise CheckpointError(
                 f"{file}: {field} is {value}; the weights beside it have {len(reader.names)} tensors and "
