@@ -13,6 +13,7 @@ from tether.delta.cache import StateCache
 from tether.delta.fisher import align_latent, fisher_axes
 from tether.delta.head import Head, Reference, token_drift
 from tether.delta.learning import fit_delta
+from tether.delta.output_head import output_head
 from tether.delta.source import reference, spread
 from tether.delta.training import Fit
 
@@ -41,7 +42,7 @@ def rows(*, fast: bool) -> Iterator[Row]:
         model, base, held_out = corpus.model, corpus.cache("base"), corpus.cache("base-held-out")
         nothing = torch.zeros(0, 0, 0)  # no gates are fitted, so nothing needs to be written for them
         anchor = anchor_text(model, base, held_out, background=nothing)
-        axes = fisher_axes(model.action.weight.detach(), anchor.fitted.some(1024).loc)
+        axes = fisher_axes(output_head(model), anchor.fitted.some(1024).loc)
         aligned = align_latent(model, axes)
         anchors = {
             ("softmax", "identity"): (model, anchor),
@@ -76,10 +77,10 @@ def _row(
     delta = fit_delta(model, texts[0], anchor, name, Fit(budget=budget, gate=False))
     seconds = time.process_time() - started
     head = Head(delta.first, delta.second, delta.chart)
-    met, value, weight = delta.record["drift_base"], budget.value or 0.0, model.action.weight.detach()
+    met, value = delta.record["drift_base"], budget.value or 0.0
 
     def on_fresh(metric: str) -> float:
-        return float(token_drift(metric, head, other, weight=weight).mean())
+        return float(token_drift(metric, head, other, output=output_head(model)).mean())
 
     return {
         "case": f"{name}: drift on held-out base text; baseline: the budget",

@@ -12,7 +12,7 @@ import torch
 from tether.causal.loading import load
 from tether.delta.cache import StateCache
 from tether.delta.head import Head
-from tether.delta.objective import chunk_rows
+from tether.delta.output_head import chunk_rows
 from tether.delta.shards import cached
 from tether.delta.source import reference, spread
 from tether.delta.windows import window_text

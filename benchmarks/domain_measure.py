@@ -17,7 +17,7 @@ from tether.delta.adapter_serving import serve
 from tether.delta.cache import hidden_states
 from tether.delta.fusion import fuse
 from tether.delta.measure import Measurement, Variant, measure
-from tether.delta.objective import chunk_rows
+from tether.delta.output_head import chunk_rows
 from tether.delta.windows import Windows
 
 __all__ = [

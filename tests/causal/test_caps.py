@@ -5,7 +5,6 @@ import torch
 from torch.testing import assert_close
 
 import tiny
-from tether.causal.action import Action
 from tether.causal.calibration import Point, calibrate, frontier, greedy_share
 from tether.causal.config import CausalQwenConfig
 from tether.causal.evaluation import evaluate
@@ -14,7 +13,6 @@ from tether.causal.noise import Noise
 from tether.causal.vocabulary import wake_numbers
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
-from tether.delta.learning import learn_delta
 from tether.errors import ConfigError
 
 CAP = 2.0
@@ -155,8 +153,6 @@ def test_what_takes_logits_for_linear_is_refused(model):
     with pytest.raises(ConfigError, match=r"(?s)leash in metric 'softmax'.*caps its logits at 2"):
         fuse(model, {moved: 1.0}, leash=0.1)
     assert fuse(model, {moved: 1.0}, leash=0.1, leash_metric="latent").action.logit_cap == CAP
-    with pytest.raises(ConfigError, match=r"learning a domain on a base that caps its logits at 2"):
-        learn_delta(model, tiny.tokenizer(), ["a b c"], base_texts=["d e f"])
     with pytest.raises(ConfigError, match="threshold_form='context' on a base that caps"):
         CausalQwenForCausalLM.from_backbone(tiny.backbone("gemma2"), threshold_form="context")
 
@@ -168,8 +164,3 @@ def test_what_takes_logits_for_linear_is_refused(model):
 def test_numbers_that_mean_nothing_are_refused(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         CausalQwenConfig(backbone_config=tiny.backbone().config, **fields)
-
-
-def test_an_action_without_a_cap_gives_its_head_away():
-    action = Action(4, 6, 0.0, "constant", 1.0, "constant", "raw", False)
-    assert action.linear_head("a test") == (action.weight, None)

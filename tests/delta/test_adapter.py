@@ -23,6 +23,7 @@ from tether.delta.held_out import hold_out
 from tether.delta.measure import Variant, measure
 from tether.delta.objective import output_fisher
 from tether.delta.outcome import NO_HELP
+from tether.delta.output_head import OutputHead
 from tether.delta.source import reference
 from tether.delta.verification import verify
 from tether.delta.windows import window_text
@@ -115,7 +116,7 @@ def test_a_quantile_budget_limits_the_quantile(model, caches):
 def test_budgets_in_the_other_metrics(model, caches, metric, value):
     learnt = fit(model, caches, budget=Budget(value=value, metric=metric))
     some = reference(model, caches["words"].states[:1024].float()).loc
-    fisher = output_fisher(model.action.weight.detach(), some)
+    fisher = output_fisher(OutputHead(model.action.weight.detach()), some)
     measured = float(all_drifts(model, learnt, caches["words-held-out"], metric, fisher).mean())
     assert 0.94 * value <= measured <= 1.001 * value
 

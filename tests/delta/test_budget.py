@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from tether.cauchy.charts import CHARTS
 from tether.delta.budget import Budget
 from tether.delta.head import Head, Reference, token_drift
+from tether.delta.output_head import OutputHead
 from tether.errors import ConfigError
 
 
@@ -29,7 +30,9 @@ def test_softmax_drift_is_the_kl_of_the_served_softmax(case):
     base = torch.distributions.Categorical(logits=at.loc @ weight.T)
     moved = torch.distributions.Categorical(logits=(at.loc + at.scale * y) @ weight.T)
     expected = torch.distributions.kl_divergence(base, moved)
-    assert_close(token_drift("softmax", head, at, weight=weight).double(), expected, rtol=1e-4, atol=1e-6)
+    assert_close(
+        token_drift("softmax", head, at, output=OutputHead(weight)).double(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_latent_drift_is_the_kl_of_the_cauchy_laws(case):
@@ -78,6 +81,6 @@ def test_bad_budgets(options, message):
 def test_a_metric_without_what_it_needs(case):
     at, weight, head = case
     with pytest.raises(ConfigError, match="softmax, fisher, latent"):
-        token_drift("fisher", head, at, weight=weight)
+        token_drift("fisher", head, at, output=OutputHead(weight))
     with pytest.raises(ConfigError, match="linear, symmetric"):
         Head(None, head.second, "polar").displacement(at.states)

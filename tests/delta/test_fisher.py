@@ -10,6 +10,7 @@ from tether.delta.fisher import align_latent, fisher_axes
 from tether.delta.fusion import fuse
 from tether.delta.learning import anchor_text, fit_delta
 from tether.delta.objective import output_fisher
+from tether.delta.output_head import OutputHead
 from tether.delta.training import Fit
 from tether.errors import CheckpointError, ConfigError
 
@@ -19,7 +20,7 @@ def aligned(model, caches):
     states = caches["words"].states.float()
     return {
         context: align_latent(
-            model, fisher_axes(model.action.weight.detach(), states, context=context, ridge=0.01)
+            model, fisher_axes(OutputHead(model.action.weight.detach()), states, context=context, ridge=0.01)
         )
         for context in (False, True)
     }
@@ -37,7 +38,7 @@ def test_the_logits_stay_equal(model, aligned, context):
 
 def test_drift_is_the_fisher_form_to_second_order(model, aligned, caches, generator):
     states = caches["words"].states.float()
-    fisher = output_fisher(model.action.weight.detach(), states)
+    fisher = output_fisher(OutputHead(model.action.weight.detach()), states)
     move = 1e-3 * torch.randn(200, 32, generator=generator)
     loc, log_scale = aligned[False].abduction(states[:200])
     moved = aligned[False].abduction(states[:200] + move)[0]
@@ -89,7 +90,7 @@ def test_deltas_are_learnt_in_the_aligned_latent_and_fit_no_other(model, aligned
 
 
 def test_what_cannot_be_aligned(model, aligned, caches):
-    axes = fisher_axes(model.action.weight.detach(), caches["words"].states.float())
+    axes = fisher_axes(OutputHead(model.action.weight.detach()), caches["words"].states.float())
     with pytest.raises(ConfigError, match="identity abduction"):
         align_latent(aligned[False], axes)
 

@@ -11,6 +11,7 @@ from tether.delta.head import Head, Reference, token_drift
 from tether.delta.learning import anchor_text, fit_delta, learn_delta, reference
 from tether.delta.material import gather
 from tether.delta.objective import output_fisher
+from tether.delta.output_head import OutputHead
 from tether.delta.source import spread
 from tether.delta.training import Fit
 from tether.errors import CheckpointError, ConfigError
@@ -40,9 +41,9 @@ def nll(model, delta, cache):
 def held_out_drift(model, delta, caches, metric):
     at = reference(model, caches["words-held-out"].states.float())
     weight = model.action.weight.detach()
-    fisher = output_fisher(weight, reference(model, caches["words"].states.float()).loc)
+    fisher = output_fisher(OutputHead(weight), reference(model, caches["words"].states.float()).loc)
     head = Head(delta.first, delta.second, delta.chart)
-    return float(token_drift(metric, head, at, weight=weight, fisher=fisher).mean())
+    return float(token_drift(metric, head, at, output=OutputHead(weight), fisher=fisher).mean())
 
 
 @pytest.mark.parametrize("value", [0.005, 0.05])

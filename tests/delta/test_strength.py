@@ -17,8 +17,8 @@ from tether.delta.cache import cache_states
 from tether.delta.head import Head, Reference
 from tether.delta.held_out import hold_out
 from tether.delta.learning import anchor_text, feature_layers, fit_delta, learn_delta, reference
-from tether.delta.objective import softmax_law
 from tether.delta.outcome import NO_HELP
+from tether.delta.output_head import OutputHead
 from tether.delta.ray import Ray
 from tether.delta.strength import STEP, change_figures, find_strength, served_change, token_nll
 from tether.delta.training import Fit
@@ -74,25 +74,26 @@ def case(generator):
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_losses_and_drift_are_those_of_dense_laws(case, biased, monkeypatch):
-    monkeypatch.setattr("tether.delta.objective.CHUNK_BYTES", 4 * 60 * 7)  # seven tokens a chunk
+    monkeypatch.setattr("tether.delta.output_head.CHUNK_BYTES", 4 * 60 * 7)  # seven tokens a chunk
     loc, move, weight, bias, targets = case
     bias = bias if biased else None
     add = 0 if bias is None else bias
     before, after = (
         torch.distributions.Categorical(logits=(at @ weight.T + add).double()) for at in (loc, loc + move)
     )
+    output = OutputHead(weight, bias)
     head = Head(None, torch.randn(6, 6), "symmetric")
     at = Reference(loc, loc, torch.full_like(loc, 0.5))
     moved = loc + 0.5 * loc @ head.second.T
     dense = torch.nn.functional.cross_entropy(moved @ weight.T + add, targets, reduction="none")
-    assert_close(token_nll(head, at, targets, weight=weight, bias=bias), dense, rtol=1e-5, atol=1e-5)
-    plain = token_nll(None, at, targets, weight=weight, bias=bias)
+    assert_close(token_nll(head, at, targets, output), dense, rtol=1e-5, atol=1e-5)
+    plain = token_nll(None, at, targets, output)
     assert_close(plain.double(), -before.log_prob(targets), rtol=1e-5, atol=1e-5)
 
     known = targets.clone()
     known[::9] = -1
-    law = list(softmax_law(loc, weight, bias))
-    change = served_change(law, loc + move, known, weight=weight, bias=bias)
+    law = list(output.log_prob(loc))
+    change = served_change(law, loc + move, known, output)
     assert_close(change.kl.double(), torch.distributions.kl_divergence(before, after), rtol=1e-4, atol=1e-6)
     scored = known >= 0
     assert torch.equal(change.before.isnan(), ~scored)
@@ -102,7 +103,7 @@ def test_losses_and_drift_are_those_of_dense_laws(case, biased, monkeypatch):
     assert figures["tokens"] == 40
     assert figures["nll_after"] == pytest.approx(float(-after.log_prob(targets)[scored].mean()), rel=1e-5)
     assert figures["softmax_kl"] == pytest.approx(float(change.kl.mean()))
-    unknown = served_change(law, loc + move, None, weight=weight, bias=bias)
+    unknown = served_change(law, loc + move, None, output)
     assert torch.equal(unknown.kl, change.kl)
     assert unknown.figures()["nll_before"] is None
 

@@ -17,6 +17,7 @@ from tether.delta.fusion import fuse
 from tether.delta.head import Head, Reference, ray_share, token_drift
 from tether.delta.learning import anchor_text, feature_layers, fit_delta, reference
 from tether.delta.objective import CandidateSoftmax, full_cross_entropy, output_fisher
+from tether.delta.output_head import OutputHead, output_head
 from tether.delta.source import Source, set_aside
 from tether.delta.training import Aside, Fit, Training
 from tether.delta.windows import window_text
@@ -37,9 +38,7 @@ def fit(model, caches, budget=None, **options):
 
 def drifts(model, delta, cache, metric):
     at = reference(model, cache.states.float())
-    weight, bias = model.action.weight.detach(), model.action.bias
-    bias = None if bias is None else bias.detach()
-    return token_drift(metric, Head(delta.first, delta.second, delta.chart), at, weight=weight, bias=bias)
+    return token_drift(metric, Head(delta.first, delta.second, delta.chart), at, output=output_head(model))
 
 
 def test_the_statistic_of_a_budget():
@@ -130,9 +129,12 @@ def test_what_comes_back_are_the_heads_of_the_best_look(model, caches):
     training = Training(
         Fit(budget=Budget(value=5.0), epochs=60, batch=64, lr=2e-2, patience=6, probe=1000),
         source,
-        Anchor(base, base, output_fisher(weight, base.loc), ""),
+        Anchor(base, base, output_fisher(OutputHead(weight), base.loc), ""),
         CandidateSoftmax(
-            weight, torch.rand(258, generator=torch.Generator().manual_seed(0)), size=200, sampled=32
+            OutputHead(weight),
+            torch.rand(258, generator=torch.Generator().manual_seed(0)),
+            size=200,
+            sampled=32,
         ),
         torch.Generator().manual_seed(0),
         Aside(other.some(10_000), other.targets),
@@ -148,8 +150,8 @@ def test_what_comes_back_are_the_heads_of_the_best_look(model, caches):
 def test_the_multiplier_answers_to_base_text_that_the_heads_do_not_see(model, caches):
     fitted, probe = (reference(model, caches[name].states.float()) for name in ("words", "words-held-out"))
     weight = model.action.weight.detach()
-    anchor = Anchor(fitted, probe, output_fisher(weight, fitted.loc), "")
-    loss = CandidateSoftmax(weight, torch.ones(258), size=200, sampled=32)
+    anchor = Anchor(fitted, probe, output_fisher(OutputHead(weight), fitted.loc), "")
+    loss = CandidateSoftmax(OutputHead(weight), torch.ones(258), size=200, sampled=32)
     source = Source(model, caches["digits"])
 
     def watched(budget):
@@ -172,14 +174,14 @@ def test_documents_set_aside_are_whole_and_spread():
 
 
 def test_the_full_loss_is_the_cross_entropy_with_its_gradient(generator, monkeypatch):
-    monkeypatch.setattr("tether.delta.objective.CHUNK_BYTES", 4 * 60 * 7)  # seven tokens a chunk
+    monkeypatch.setattr("tether.delta.output_head.CHUNK_BYTES", 4 * 60 * 7)  # seven tokens a chunk
     weight, bias = torch.randn(60, 6, generator=generator), torch.randn(60, generator=generator)
     targets = torch.randint(60, (40,), generator=generator)
     for given in (bias, None):
         loc = torch.randn(40, 6, generator=generator, requires_grad=True)
         plain = torch.nn.functional.cross_entropy(loc @ weight.T + (0 if given is None else given), targets)
         (expected,) = torch.autograd.grad(plain, loc)
-        ours = full_cross_entropy(loc, targets, weight, given)
+        ours = full_cross_entropy(loc, targets, OutputHead(weight, given))
         (found,) = torch.autograd.grad(2 * ours, loc)
         assert_close(ours, plain)
         assert_close(found, 2 * expected)
@@ -194,11 +196,13 @@ def test_the_last_epochs_can_take_the_full_loss(model, caches):
 def test_candidates_with_a_class_bias(generator):
     weight, bias = torch.randn(60, 6, generator=generator), torch.randn(60, generator=generator)
     loc, targets = torch.randn(40, 6, generator=generator), torch.randint(60, (40,), generator=generator)
-    loss = CandidateSoftmax(weight, torch.rand(60, generator=generator), size=60, sampled=0, bias=bias)
+    loss = CandidateSoftmax(OutputHead(weight, bias), torch.rand(60, generator=generator), size=60, sampled=0)
     assert_close(
         loss(loc, targets, generator), torch.nn.functional.cross_entropy(loc @ weight.T + bias, targets)
     )
-    half = CandidateSoftmax(weight, torch.rand(60, generator=generator), size=20, sampled=10, bias=bias)
+    half = CandidateSoftmax(
+        OutputHead(weight, bias), torch.rand(60, generator=generator), size=20, sampled=10
+    )
     row, target = loc[:1], targets[:1]
     draws = torch.stack([half(row, target, generator) for _ in range(4000)]).exp()
     error = float(draws.std()) / len(draws) ** 0.5

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from tether.cauchy.functional import push_linear
 from tether.causal.losses import ovr_log_prob, signed_log, signed_log_inverse
-from tether.errors import ConfigError
 
 __all__ = ["LARGEST", "Action"]
 
@@ -130,25 +129,6 @@ class Action(nn.Module):
             Logits, shape (..., V), in the dtype of the weight.
         """
         return self.capped(self.linear_scores(latent_loc))
-
-    def linear_head(self, purpose: str) -> tuple[Tensor, Tensor | None]:
-        """Give the output head to a computation that takes softmax's logits for a linear map of U.
-
-        Args:
-            purpose: what it is wanted for, for the message.
-
-        Returns:
-            The weight, shape (V, C), and the bias, shape (V,), or None.
-
-        Raises:
-            ConfigError: the base caps its logits, so they are no linear map.
-        """
-        if self.logit_cap is not None:
-            raise ConfigError(
-                f"{purpose} on a base that caps its logits at {self.logit_cap:g}: this computes with logits that are a "
-                "linear map of U, which capped ones are not; choose a base without a cap"
-            )
-        return self.weight, self.bias
 
     def scores(
         self, latent_loc: Float[Tensor, "*batch latent"], latent_scale: Float[Tensor, "*batch latent"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tether.causal.softmax import softmax_kl
 from tether.delta.head import Head, Reference, token_drift
-from tether.delta.objective import chunk_rows
+from tether.delta.output_head import chunk_rows
 from tether.delta.source import reference
 
 __all__ = ["Given", "adapter_drift", "displacement", "logits"]

@@ -14,15 +14,15 @@ from torch import Tensor
 from tether.delta.adapter import Adapter, Attached, lora_config
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
-from tether.delta.anchor import check_base, output_head
+from tether.delta.anchor import check_base
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
-from tether.delta.objective import softmax_law
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
+from tether.delta.output_head import output_head
 from tether.delta.ray import MEASURED
 from tether.delta.source import reference, spread
 from tether.delta.strength import Change, change_figures, served_change
@@ -159,7 +159,7 @@ def _some(windows: Windows, rows: Tensor, tokens: int) -> Tensor:
 def _change(
     model: Any, attached: Attached, name: str, windows: Windows, rows: Tensor
 ) -> tuple[Change, Tensor]:
-    weight, bias = output_head(model)
+    output = output_head(model)
     found, documents = [], []
     for some in rows.split(8):
         batch = windows.batch(some)
@@ -167,8 +167,8 @@ def _change(
         states = hidden_states(model, batch)[batch.mask], moved[batch.mask]
         before, after = (reference(model, some).loc for some in states)
         at = windows.positions(batch)
-        law = softmax_law(before, weight, bias)
-        found.append(served_change(law, after, windows.targets[at], weight=weight, bias=bias))
+        law = output.log_prob(before)
+        found.append(served_change(law, after, windows.targets[at], output))
         documents.append(windows.documents[at])
     return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
 

@@ -15,6 +15,7 @@ from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, text_inputs
 from tether.delta.held_out import HELD_OUT, check_share
 from tether.delta.objective import full_cross_entropy, output_fisher
+from tether.delta.output_head import output_head
 from tether.delta.source import reference
 from tether.delta.training import Step
 from tether.delta.windows import Batch
@@ -137,8 +138,7 @@ class AdapterTraining:
         self.fisher = None
         if self.metric == "fisher":
             some = reference(model, base.states[:1024].float()).loc
-            bias = None if model.action.bias is None else model.action.bias.detach()
-            self.fisher = output_fisher(model.action.weight.detach(), some, bias)
+            self.fisher = output_fisher(output_head(model), some)
         self.drift: float | None = None
         self.curve: list[dict[str, float]] = []
 
@@ -205,10 +205,9 @@ class AdapterTraining:
         targets = windows.targets[windows.positions(batch)]
         states = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()
         states, targets = states[batch.mask][targets >= 0], targets[targets >= 0]
-        action = self.model.action
-        bias = None if action.bias is None else action.bias.detach()
-        loc = self.model.abduction(states.to(action.weight.dtype))[0]
-        return full_cross_entropy(loc, targets, action.weight.detach(), bias)
+        output = output_head(self.model)
+        loc = self.model.abduction(states.to(output.weight.dtype))[0]
+        return full_cross_entropy(loc, targets, output)
 
     def base_drift(self) -> Tensor:
         """Compute the drift on base windows drawn at random.

@@ -9,10 +9,11 @@ from tether.delta.background import write_background
 from tether.delta.cache import StateCache, backbone_print
 from tether.delta.head import Reference
 from tether.delta.objective import output_fisher
+from tether.delta.output_head import output_head
 from tether.delta.source import reference, spread
 from tether.errors import CheckpointError
 
-__all__ = ["Anchor", "anchor_text", "check_base", "feature_layers", "output_head"]
+__all__ = ["Anchor", "anchor_text", "check_base", "feature_layers"]
 
 
 MOST = 32_768
@@ -73,8 +74,7 @@ def anchor_text(
     fitted, probe = (
         reference(model, cache.states[spread(len(cache.states), MOST)].float()) for cache in (base, held_out)
     )
-    weight, bias = output_head(model)
-    fisher = output_fisher(weight, fitted.some(tokens).loc, bias)
+    fisher = output_fisher(output_head(model), fitted.some(tokens).loc)
     written = write_background(model) if background is None else background
     targets = held_out.windows.targets[spread(len(held_out.states), MOST)]
     return Anchor(fitted, probe, fisher, base.base, base.layers, written, targets)
@@ -115,16 +115,3 @@ def check_base(model: Any, cache: StateCache, layers: tuple[int, ...]) -> None:
             f"cached states are of backbone {cache.base[:19]}..., the model's is "
             f"{backbone_print(model)[:19]}...: delete the cache and run again"
         )
-
-
-def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Give a model's output head, without gradients.
-
-    Args:
-        model: a CausalQwenForCausalLM.
-
-    Returns:
-        Weight, shape (V, C), and the classes' bias, shape (V,), or None.
-    """
-    weight, bias = model.action.linear_head("a computation with the output head")
-    return weight.detach(), None if bias is None else bias.detach()

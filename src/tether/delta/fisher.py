@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tether.causal.fingerprint import served_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.objective import chunk_rows, output_fisher
+from tether.delta.objective import output_fisher
+from tether.delta.output_head import OutputHead, chunk_rows
 from tether.errors import ConfigError
 
 __all__ = ["Axes", "align_latent", "fisher_axes"]
@@ -33,10 +34,9 @@ class Axes(NamedTuple):
 
 @torch.no_grad()
 def fisher_axes(
-    weight: Tensor,
+    head: OutputHead,
     states: Tensor,
     *,
-    bias: Tensor | None = None,
     cap: float = CAP,
     context: bool = False,
     ridge: float = 1.0,
@@ -48,9 +48,8 @@ def fisher_axes(
     follows the context: log(2 F_i(h)) is regressed on h, since abduction's log scale is linear in h.
 
     Args:
-        weight: output head, shape (V, H).
+        head: the output head.
         states: z at n tokens of general text, shape (n, H).
-        bias: of the classes, shape (V,), or None.
         cap: largest ratio of two scales.
         context: let scales depend on the hidden state.
         ridge: of the regression, in units of the mean variance of the hidden state.
@@ -58,18 +57,20 @@ def fisher_axes(
     Returns:
         The axes.
     """
-    fisher = output_fisher(weight, states, bias)
+    fisher = output_fisher(head, states)
     values, basis = torch.linalg.eigh(fisher.double())
     values, basis = values.clamp(min=values.max() / cap**2).float(), basis.float()
     scale = (2 * values).rsqrt()
     if not context:
         return Axes(basis, scale, None)
-    rotated = weight.float() @ basis
+    rotated = head.weight.float() @ basis
     squares = rotated.square()
     logs = []
-    for part in states.split(chunk_rows(weight)):
-        prob = torch.softmax(nn.functional.linear(part.to(weight.dtype), weight, bias).float(), -1)
-        own = prob @ squares - (prob @ rotated).square()
+    for part in states.split(chunk_rows(head.weight)):
+        logits = head.logits(part)
+        prob, slope = logits.softmax(-1), head.slope(logits)
+        sloped = prob if slope is None else prob * slope
+        own = (prob if slope is None else sloped * slope) @ squares - (sloped @ rotated).square()
         logs.append(own.clamp(min=values.max() * 1e-12).log())
     target = torch.cat(logs)
     z = states.double()

@@ -8,7 +8,7 @@ from torch import Tensor
 from tether.cauchy.charts import CHARTS, from_chart
 from tether.cauchy.divergence import drift
 from tether.causal.softmax import softmax_kl
-from tether.delta.objective import softmax_law
+from tether.delta.output_head import OutputHead
 from tether.errors import ConfigError
 
 __all__ = ["METRICS", "Head", "Reference", "ray_share", "token_drift"]
@@ -111,9 +111,8 @@ def token_drift(
     head: Head,
     at: Reference,
     *,
-    weight: Tensor | None = None,
+    output: OutputHead | None = None,
     fisher: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Drift of each token in a metric.
 
@@ -121,9 +120,8 @@ def token_drift(
         metric: one of `METRICS`.
         head: the delta.
         at: base quantities at n tokens.
-        weight: output head, shape (V, C), for `softmax`: two products with it a token.
+        output: the output head, for `softmax`: two products with it a token.
         fisher: output Fisher, shape (C, C), for `fisher`.
-        bias: of the classes, shape (V,), or None, for `softmax`.
 
     Returns:
         Nats, shape (n,).
@@ -137,8 +135,8 @@ def token_drift(
     move = at.scale * y
     if metric == "fisher" and fisher is not None:
         return 0.5 * ((move @ fisher) * move).sum(-1)
-    if metric == "softmax" and weight is not None:
-        laws = (softmax_law(loc, weight, bias) for loc in (at.loc, at.loc + move))
+    if metric == "softmax" and output is not None:
+        laws = (output.log_prob(loc) for loc in (at.loc, at.loc + move))
         return torch.cat([softmax_kl(*pair) for pair in zip(*laws, strict=True)])
     raise ConfigError(f"metric={metric!r}: expected one of {', '.join(METRICS)} with what it needs")
 

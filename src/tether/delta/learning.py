@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tether.causal.fingerprint import fingerprint
-from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers, output_head
+from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers
 from tether.delta.basis import middle_basis
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, latent_print
@@ -21,6 +21,7 @@ from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
+from tether.delta.output_head import output_head
 from tether.delta.ray import MEASURED, Needs, Ray
 from tether.delta.source import Source, reference, set_aside, spread
 from tether.delta.strength import change_figures
@@ -76,7 +77,7 @@ def fit_delta(
         check_windows(len(domain.windows.starts) - 1)
     started = time.process_time()
     generator = torch.Generator().manual_seed(fit.seed)
-    weight, bias = output_head(model)
+    output = output_head(model)
     held_out = hold_out(domain.windows, fit.held_out)
     own = leave_out(domain, held_out)
     domain = domain._replace(windows=held_out.windows)
@@ -85,16 +86,16 @@ def fit_delta(
     anchor = anchor._replace(fitted=basis.reduce(anchor.fitted), probe=basis.reduce(anchor.probe))
     source = Source(model, domain, stay, basis)
     aside = Source(model, domain, away, basis) if len(away) else None
-    prob = mean_probability(weight, source.some(fit.probe // 4).loc, bias)
+    prob = mean_probability(output, source.some(fit.probe // 4).loc)
     # What the base expects and what the text has, half and half: both belong into the exact part.
-    counts = torch.bincount(source.targets, minlength=len(weight)).to(prob) / len(source)
-    loss = CandidateSoftmax(weight, prob + counts, size=fit.candidates, sampled=fit.sampled, bias=bias)
+    counts = torch.bincount(source.targets, minlength=len(prob)).to(prob) / len(source)
+    loss = CandidateSoftmax(output, prob + counts, size=fit.candidates, sampled=fit.sampled)
     watched = None
     if aside is not None and len(aside):
         some = spread(len(aside), 2 * fit.probe)
         watched = Aside(aside.take(some), aside.targets[some])
     training = Training(fit, source, anchor, loss, generator, watched)
-    needs = Needs(weight, anchor.fisher, bias)
+    needs = Needs(output, anchor.fisher)
     some_base = training.watched.some(fit.probe // 3)
     head = training.run(
         lambda head: float(fit.budget.statistic(needs.drift("softmax", head, some_base))), on_step

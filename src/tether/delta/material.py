@@ -67,7 +67,7 @@ def gather(
         ConfigError: a text missing, empty or shorter than one context, too few windows for a gate, a name that is
             none for a domain, or a model that is fused already.
     """  # noqa: DOC502 - raised by what it calls
-    _check_plain(model)
+    _check_unfused(model)
     called = name or (Path(texts).stem if isinstance(texts, str | Path) else "domain")
     check_name(called)
     own, base = documents_of(texts), documents_of(base_texts)
@@ -88,9 +88,8 @@ def gather(
     return Material(called, (domain, fitted, held_out), hashes, own)
 
 
-# What is learnt stands on a base, whose logits are a linear map of U.
-def _check_plain(model: Any) -> None:
-    model.action.linear_head("learning a domain")
+# What is learnt stands on a base.
+def _check_unfused(model: Any) -> None:
     if model.config.fusion:
         domains = ", ".join(model.config.fusion["domains"])
         raise ConfigError(

@@ -11,7 +11,7 @@ from tether.causal.fused import Fusion
 from tether.causal.softmax import softmax_kl
 from tether.causal.summed import Sum
 from tether.delta.cache import hidden_states
-from tether.delta.objective import chunk_rows
+from tether.delta.output_head import chunk_rows
 from tether.delta.windows import Windows
 
 __all__ = ["Measurement", "Variant", "measure"]

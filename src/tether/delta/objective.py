@@ -1,37 +1,20 @@
 """What a fit minimises and what it is held to: candidate softmax on the domain, output Fisher on the base."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tether.delta.output_head import OutputHead, chunk_rows
+
 __all__ = [
     "CandidateSoftmax",
-    "chunk_rows",
     "full_cross_entropy",
     "mean_probability",
     "output_fisher",
-    "softmax_law",
 ]
-
-CHUNK_BYTES = 24_000_000
-"""Size of a float32 tensor over the vocabulary: below the 32 MB from which allocators ask the system for fresh
-pages each time, which costs more than the arithmetic."""
-
-
-def chunk_rows(weight: Float[Tensor, "vocab latent"]) -> int:
-    """How many tokens to treat at once where the whole vocabulary is held.
-
-    Args:
-        weight: the output head, shape (V, C).
-
-    Returns:
-        Rows, >= 1.
-    """
-    return max(1, CHUNK_BYTES // (4 * len(weight)))
 
 
 class CandidateSoftmax:
@@ -44,24 +27,23 @@ class CandidateSoftmax:
     Cost per token: (candidates + sampled) x C instead of V x C.
 
     Args:
-        weight: the output head, shape (V, C).
+        head: the output head.
         prob: how likely each class is on the domain, shape (V,), >= 0; the likeliest become candidates.
         size: number of candidates, clipped to V.
         sampled: number of other classes drawn each call.
-        bias: of the classes, shape (V,), or None.
     """
 
     def __init__(
         self,
-        weight: Float[Tensor, "vocab latent"],
+        head: OutputHead,
         prob: Float[Tensor, " vocab"],
         *,
         size: int = 2048,
         sampled: int = 512,
-        bias: Float[Tensor, " vocab"] | None = None,
     ) -> None:
+        weight, bias = head.weight, head.bias
         ranked = prob.topk(min(size, len(weight))).indices
-        self.weight, self.given_bias = weight, bias
+        self.head, self.weight = head, weight
         self.bias = torch.zeros(len(weight)) if bias is None else bias.float()
         self.chosen, self.chosen_bias = weight[ranked].float(), self.bias[ranked]
         self.slot = torch.full((len(weight),), -1, device=weight.device)
@@ -85,10 +67,11 @@ class CandidateSoftmax:
         Returns:
             Nats, a scalar.
         """
-        columns = [latent_loc @ self.chosen.T + self.chosen_bias]
+        capped = self.head.capped
+        columns = [capped(latent_loc @ self.chosen.T + self.chosen_bias)]
         outside = self.slot[targets] < 0
         # A target that is no candidate gets a column of its own, closed for the tokens that do not need it.
-        own = (latent_loc * self.weight[targets].float()).sum(-1) + self.bias[targets]
+        own = capped((latent_loc * self.weight[targets].float()).sum(-1) + self.bias[targets])
         columns.append(own.masked_fill(~outside, -math.inf).unsqueeze(-1))
         if self.sampled:
             draw = torch.randint(
@@ -98,7 +81,7 @@ class CandidateSoftmax:
             # Each drawn class stands for many: its share of the normaliser is that much larger. The target is
             # counted already, so its copy is closed where it is drawn.
             share = math.log(len(self.rest) / self.sampled)
-            other = latent_loc @ self.weight[drawn].float().T + self.bias[drawn] + share
+            other = capped(latent_loc @ self.weight[drawn].float().T + self.bias[drawn]) + share
             columns.append(other.masked_fill(drawn == targets.unsqueeze(-1), -math.inf))
         slot = torch.where(outside, len(self.chosen), self.slot[targets])
         return torch.nn.functional.cross_entropy(torch.cat(columns, dim=-1), slot)
@@ -108,29 +91,31 @@ class _FullCrossEntropy(torch.autograd.Function):
     """Cross-entropy over all classes in chunks of tokens; its gradient is formed on the way."""
 
     @staticmethod
-    def forward(ctx: Any, latent_loc: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, latent_loc: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
+        weight = head.weight
         rows = chunk_rows(weight)
         total = latent_loc.new_zeros((), dtype=torch.float64)
         gradients = []
         for part, target in zip(latent_loc.split(rows), targets.split(rows), strict=True):
-            log_prob = _logits(part, weight, bias).log_softmax(-1)
+            logits = head.logits(part)
+            log_prob, slope = logits.log_softmax(-1), head.slope(logits)
             total -= log_prob.gather(-1, target.unsqueeze(-1)).double().sum()
             prob = log_prob.exp_()
             prob[torch.arange(len(part)), target] -= 1
+            prob = prob if slope is None else prob.mul_(slope)
             gradients.append((prob.to(weight.dtype) @ weight).to(part))
         ctx.save_for_backward(torch.cat(gradients) / len(targets))
         return (total / len(targets)).to(latent_loc)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.saved_tensors[0] * upstream[0], None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * upstream[0], None, None
 
 
 def full_cross_entropy(
     latent_loc: Float[Tensor, "tokens latent"],
     targets: Int[Tensor, " tokens"],
-    weight: Float[Tensor, "vocab latent"],
-    bias: Float[Tensor, " vocab"] | None = None,
+    head: OutputHead,
 ) -> Float[Tensor, ""]:
     """Mean negative log likelihood over all classes, in memory of a few tokens' logits.
 
@@ -139,90 +124,66 @@ def full_cross_entropy(
     Args:
         latent_loc: loc of U, shape (N, C), float32.
         targets: next tokens, shape (N,).
-        weight: the output head, shape (V, C); gets no gradient.
-        bias: of the classes, shape (V,), or None.
+        head: the output head; gets no gradient.
 
     Returns:
         Nats, a scalar; differentiable in `latent_loc`.
     """
-    loss: Tensor = _FullCrossEntropy.apply(latent_loc, targets, weight, bias)
+    loss: Tensor = _FullCrossEntropy.apply(latent_loc, targets, head)
     return loss
-
-
-def _logits(latent_loc: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    moved = None if bias is None else bias.to(weight.dtype)
-    return torch.nn.functional.linear(latent_loc.to(weight.dtype), weight, moved).float()
 
 
 @torch.no_grad()
 def mean_probability(
-    weight: Float[Tensor, "vocab latent"],
+    head: OutputHead,
     latent_loc: Float[Tensor, "tokens latent"],
-    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, " vocab"]:
     """Mean probability of each class under the base.
 
     Args:
-        weight: the output head, shape (V, C).
+        head: the output head.
         latent_loc: loc of U, shape (N, C).
-        bias: of the classes, shape (V,), or None.
 
     Returns:
         Probabilities, shape (V,), summing to 1.
     """
-    total = torch.zeros(len(weight), device=weight.device)
-    for part in latent_loc.split(chunk_rows(weight)):
-        total += torch.softmax(_logits(part, weight, bias), dim=-1).sum(0)
+    total = torch.zeros(len(head.weight), device=head.weight.device)
+    for log_prob in head.log_prob(latent_loc):
+        total += log_prob.exp_().sum(0)
     return total / len(latent_loc)
 
 
 @torch.no_grad()
 def output_fisher(
-    weight: Float[Tensor, "vocab latent"],
+    head: OutputHead,
     latent_loc: Float[Tensor, "tokens latent"],
-    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, "latent latent"]:
     """Fisher information of the base's softmax about its latent, averaged over tokens.
 
-    F = E[W^T (diag p - p p^T) W], so that 1/2 d^T F d is KL(base || base moved by d) to second order.
+    F = E[J^T (diag p - p p^T) J], so that 1/2 d^T F d is KL(base || base moved by d) to second order. J is the head W,
+    each row times the slope of its logit where logits are capped.
 
     Args:
-        weight: the output head, shape (V, C).
+        head: the output head.
         latent_loc: loc of U on base text, shape (N, C).
-        bias: of the classes, shape (V,), or None.
 
     Returns:
         F, shape (C, C), symmetric positive semidefinite, float32.
     """
-    prob = torch.zeros(len(weight), device=weight.device)
+    weight = head.weight
+    # The weight of each class in the second moment: its probability times the square of its slope.
+    shares = torch.zeros(len(weight), device=weight.device)
     outer = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     full = weight.float()
     for part in latent_loc.split(chunk_rows(weight)):
-        p = torch.softmax(_logits(part, weight, bias), dim=-1)
-        prob += p.sum(0)
-        mean = (p @ full).double()
+        logits = head.logits(part)
+        p, slope = logits.softmax(-1), head.slope(logits)
+        sloped = p if slope is None else p * slope
+        shares += (p if slope is None else sloped * slope).sum(0)
+        mean = (sloped @ full).double()
         outer += mean.T @ mean
     second = torch.zeros_like(outer)
     # In chunks of classes, so that no second copy of the head is held.
-    for rows, share in zip(full.split(8192), prob.split(8192), strict=True):
+    for rows, share in zip(full.split(8192), shares.split(8192), strict=True):
         second += (rows.T @ (rows * share.unsqueeze(-1))).double()
     return ((second - outer) / len(latent_loc)).float()
-
-
-def softmax_law(
-    latent_loc: Float[Tensor, "tokens latent"],
-    weight: Float[Tensor, "vocab latent"],
-    bias: Float[Tensor, " vocab"] | None = None,
-) -> Iterator[Float[Tensor, "rows vocab"]]:
-    """Compute the served softmax, a few tokens at a time.
-
-    Args:
-        latent_loc: loc of U, shape (N, C).
-        weight: the output head, shape (V, C).
-        bias: of the classes, shape (V,), or None.
-
-    Yields:
-        Log probabilities of `chunk_rows` tokens, shape (rows, V), float32.
-    """
-    for part in latent_loc.split(chunk_rows(weight)):
-        yield _logits(part, weight, bias).log_softmax(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget
 from tether.delta.head import Head, Reference, token_drift
-from tether.delta.objective import softmax_law
+from tether.delta.output_head import OutputHead
 from tether.delta.source import PIECE, Source, spread
 from tether.delta.strength import Change, Strength, find_strength, served_change, token_nll
 from tether.scale import AIM, Met, meet_budget
@@ -28,14 +28,12 @@ class Needs(NamedTuple):
     """What drifts and losses are computed from.
 
     Attributes:
-        weight: output head, shape (V, C).
+        output: the output head.
         fisher: output Fisher on base text, shape (C, C).
-        bias: of the classes, shape (V,), or None.
     """
 
-    weight: Tensor
+    output: OutputHead
     fisher: Tensor
-    bias: Tensor | None
 
     def drift(self, metric: str, head: Head, at: Reference) -> Tensor:
         """Compute the drift of each token.
@@ -85,12 +83,12 @@ class Ray:
             Drift and losses at `probe` tokens; measured once for each factor.
         """
         if factor not in self._changes:
-            at, (weight, _, bias) = self.some, self.needs
+            at, output = self.some, self.needs.output
             loc = at.loc + at.scale * self.head.scaled(factor).displacement(at.states)[1]
-            law: Iterable[Tensor] = softmax_law(at.loc, weight, bias)
-            if 4 * len(at.loc) * len(weight) <= KEPT_BYTES:
+            law: Iterable[Tensor] = output.log_prob(at.loc)
+            if 4 * len(at.loc) * len(output.weight) <= KEPT_BYTES:
                 law = self._law = self._law or list(law)
-            self._changes[factor] = served_change(law, loc, self.targets, weight=weight, bias=bias)
+            self._changes[factor] = served_change(law, loc, self.targets, output)
         return self._changes[factor]
 
     def limited(self, factor: float) -> float:
@@ -150,11 +148,10 @@ class Ray:
         Returns:
             The share; see `tether.delta.strength.find_strength`.
         """
-        weight, bias = self.needs.weight, self.needs.bias
 
         def nll(share: float) -> Tensor:
             head = self.head.scaled(share * largest) if share else None
-            return token_nll(head, at, targets, weight=weight, bias=bias)
+            return token_nll(head, at, targets, self.needs.output)
 
         return find_strength(nll)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tether.causal.softmax import softmax_kl
 from tether.delta.head import Head, Reference
-from tether.delta.objective import chunk_rows, softmax_law
+from tether.delta.output_head import OutputHead, chunk_rows
 from tether.stats import standard_error
 
 __all__ = [
@@ -84,9 +84,7 @@ def find_strength(nll: Callable[[float], Tensor]) -> Strength:
 
 
 @torch.no_grad()
-def token_nll(
-    head: Head | None, at: Reference, targets: Tensor, *, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def token_nll(head: Head | None, at: Reference, targets: Tensor, output: OutputHead) -> Tensor:
     """Compute the loss of each token over the whole vocabulary, in the served softmax.
 
     Cost: one product with the (V, C) head a token.
@@ -95,14 +93,13 @@ def token_nll(
         head: the delta, acting everywhere; None for the base.
         at: base quantities at n tokens.
         targets: next tokens, shape (n,), all >= 0.
-        weight: output head, shape (V, C).
-        bias: of the classes, shape (V,), or None.
+        output: the output head.
 
     Returns:
         Negative log likelihoods, nats, shape (n,), float32.
     """
     loc = at.loc if head is None else at.loc + at.scale * head.displacement(at.states)[1]
-    parts = zip(softmax_law(loc, weight, bias), targets.split(chunk_rows(weight)), strict=True)
+    parts = zip(output.log_prob(loc), targets.split(chunk_rows(output.weight)), strict=True)
     losses = [-log_prob.gather(-1, target.unsqueeze(-1)).squeeze(-1) for log_prob, target in parts]
     return torch.cat(losses) if losses else torch.zeros(0)
 
@@ -135,26 +132,23 @@ class Change(NamedTuple):
 
 
 @torch.no_grad()
-def served_change(
-    law: Iterable[Tensor], loc: Tensor, targets: Tensor | None, *, weight: Tensor, bias: Tensor | None = None
-) -> Change:
+def served_change(law: Iterable[Tensor], loc: Tensor, targets: Tensor | None, output: OutputHead) -> Change:
     """Measure drift and losses of the served softmax in one pass.
 
     Cost: one product with the (V, C) head a token, beside that of `law`.
 
     Args:
-        law: log probabilities of the base at n tokens, from `tether.delta.objective.softmax_law`.
+        law: log probabilities of the base at n tokens, from `OutputHead.log_prob`.
         loc: moved location of U, shape (n, C).
         targets: next tokens, shape (n,), negative where there is none; None where they are not known.
-        weight: output head, shape (V, C).
-        bias: of the classes, shape (V,), or None.
+        output: the output head.
 
     Returns:
         The change; losses are nan where there is no next token.
     """
     known = torch.full((len(loc),), -1) if targets is None else targets
     found = []
-    parts = zip(law, softmax_law(loc, weight, bias), known.split(chunk_rows(weight)), strict=True)
+    parts = zip(law, output.log_prob(loc), known.split(chunk_rows(output.weight)), strict=True)
     for before, after, target in parts:
         index, none = target.clamp(min=0).unsqueeze(-1), torch.where(target < 0, math.nan, 0.0)
         losses = (none - log_prob.gather(-1, index).squeeze(-1) for log_prob in (before, after))

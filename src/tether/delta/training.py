@@ -251,10 +251,8 @@ class Training:
             share = ray_share(head, at, self.inner, budget.value / self.ratio, fisher=self.fisher)
             x, y = head.displacement(at.states, share)
         loc = at.loc + at.scale * y
-        if whole:
-            nll = full_cross_entropy(loc, targets, self.loss.weight, self.loss.given_bias)
-        else:
-            nll = self.loss(loc, targets, self.generator)
+        loss = self.loss
+        nll = full_cross_entropy(loc, targets, loss.head) if whole else loss(loc, targets, self.generator)
         if own is not None:
             moved = own.mean()
         else:

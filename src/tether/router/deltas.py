@@ -19,10 +19,10 @@ from tether.delta.fusion import fuse
 from tether.delta.head import Reference
 from tether.delta.objective import (
     CandidateSoftmax,
-    chunk_rows,
     mean_probability,
     output_fisher,
 )
+from tether.delta.output_head import chunk_rows, output_head
 from tether.delta.source import spread
 from tether.errors import CheckpointError, ConfigError
 from tether.router.tokens import Tokens, token_features
@@ -215,12 +215,11 @@ class _Router:
         self, text: Tokens, anchor: Tokens, on_step: Callable[[dict[str, float]], None] | None
     ) -> dict[str, Any]:
         model, fusion, fit = self.model, self.fusion, self.fit
-        weight = model.action.weight.detach()
-        bias = None if model.action.bias is None else model.action.bias.detach()
-        prob = mean_probability(weight, text.at.some(fit.probe // 2).loc, bias)
-        counts = torch.bincount(text.targets, minlength=len(weight)).to(prob) / len(text.targets)
-        loss = CandidateSoftmax(weight, prob + counts, size=fit.candidates, sampled=fit.sampled, bias=bias)
-        fisher = output_fisher(weight, anchor.at.some(fit.probe).loc, bias)
+        output = output_head(model)
+        prob = mean_probability(output, text.at.some(fit.probe // 2).loc)
+        counts = torch.bincount(text.targets, minlength=len(prob)).to(prob) / len(text.targets)
+        loss = CandidateSoftmax(output, prob + counts, size=fit.candidates, sampled=fit.sampled)
+        fisher = output_fisher(output, anchor.at.some(fit.probe).loc)
         parameters = [fusion.router_weight, fusion.router_bias]
         for parameter in parameters:
             parameter.requires_grad_(True)
