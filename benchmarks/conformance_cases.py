@@ -82,25 +82,17 @@ class _Fused(CausalQwenForCausalLM):
 
 
 def _model_class(mode: str) -> type[CausalQwenForCausalLM]:
-    # The tests call models without a mode, so this class takes another one where none is given. transformers knows a
-    # model by the name of its class.
+    # transformers knows a model by the name of its class.
     class Acting(_Fused, GenerationMixin):
         # Of all four backbones; without these the tests of fixed caches and of packed texts would be left out.
         _can_compile_fullgraph = True
         _supports_attention_backend = True
 
-        def forward(self, *args: Any, **options: Any) -> Any:
-            return super().forward(*args, **{"mode": mode} | options)
-
         @classmethod
         def from_backbone(cls, *args: Any, **options: Any) -> Any:
-            # A base is wrapped in mode `softmax`, in which the wrapper is compared with it.
-            made = CausalQwenForCausalLM.from_backbone(*args, **options)
+            made = CausalQwenForCausalLM.from_backbone(*args, **{"mode": mode} | options)
             made.__class__ = cls
             return made
-
-        def generate(self, *args: Any, **options: Any) -> Any:
-            return super().generate(*args, **{"mode": mode} | options)
 
     # An argument named `noise` makes the tests take a model for one of images.
     whole = inspect.signature(CausalQwenForCausalLM.forward)
@@ -116,11 +108,12 @@ class _Tester:
     Args:
         parent: the test that asks.
         backbone: one of `BACKBONES`.
+        mode: one of `MODES`.
         fusion: one of `FUSIONS`.
     """
 
-    def __init__(self, parent: unittest.TestCase, backbone: str, fusion: str) -> None:
-        self.parent, self.backbone, self.fusion = parent, backbone, fusion
+    def __init__(self, parent: unittest.TestCase, backbone: str, mode: str, fusion: str) -> None:
+        self.parent, self.backbone, self.mode, self.fusion = parent, backbone, mode, fusion
         self.batch_size, self.seq_length, self.is_training = 13, 7, True
         for name, value in SIZES.items():
             setattr(self, name, value)
@@ -130,6 +123,7 @@ class _Tester:
         return CausalQwenConfig(
             backbone_config=own,
             latent_scale=1.0,
+            mode=self.mode,
             tie_word_embeddings=own.tie_word_embeddings,
             fusion=dict(FUSED) if self.fusion == "evidence" else None,
         )
@@ -166,7 +160,7 @@ def test_class(case: Case, mixins: tuple[type, ...]) -> type[unittest.TestCase]:
     backbone, mode, fusion = case
 
     def set_up(self: Any) -> None:
-        self.model_tester = _Tester(self, backbone, fusion)
+        self.model_tester = _Tester(self, backbone, mode, fusion)
 
     def check_cache(
         self: Any, batch_size: int, past_key_values: Any, seq_length: int, config: PreTrainedConfig

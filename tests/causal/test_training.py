@@ -215,7 +215,7 @@ BAD = {
     "rate": ({"lr": 0.0}, "lr and clip > 0"),
     "rate nan": ({"lr": float("nan")}, "lr and clip > 0"),
     "warmup": ({"warmup": 1.0}, "warmup"),
-    "threshold": ({"learn_threshold": True}, "mode 'deterministic'"),
+    "threshold": ({"mode": "softmax", "learn_threshold": True}, "mode 'deterministic'"),
     "samples": ({"mode": "deterministic", "samples": 1}, "at least 2"),
 }
 

@@ -13,6 +13,7 @@ import typer
 import tiny
 from tether.cli.codes import run
 from tether.cli.output import emit, plain
+from tether.cli.progress import reporter
 from tether.errors import CertificateError
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
@@ -107,6 +108,16 @@ def test_text_from_files_cannot_steer_a_terminal(capsys):
     shown = capsys.readouterr().out
     assert shown == "law\\u001b[2J\\u009b31m\\u202e\tvalue\nnext\n"
     assert plain("naïve 法 \u200f") == "naïve 法 \u200f"
+
+
+def test_names_beside_bars_cannot_steer_a_terminal_and_are_no_markup(capsys):
+    # As `checking {name}`, with the name of a model from a recipe.
+    for name in (f"checking {ESCAPE}", "checking [/b]", "checking [link=x]y[/link]"):
+        with reporter() as steps:
+            steps(name)({"done": 1.0, "total": 2.0})
+        shown = capsys.readouterr().err
+        assert not set("\x1b\x9b\u202e") & set(shown)
+        assert name.replace(ESCAPE, "\\u001b[2J\\u009b31m\\u202e")[:20] in shown
 
 
 def test_json_says_the_same_with_and_without_control_characters(capsys):

@@ -28,8 +28,8 @@ SHARES = [number * STEP for number in range(1, 9)]
 
 
 def flat(loss):
-    """Give a loss of a share as that of three tokens."""
-    return lambda share: torch.full((3,), loss(share), dtype=torch.float64)
+    """Give a loss of a share as that of three tokens, without numbers."""
+    return lambda share: (torch.full((3,), loss(share), dtype=torch.float64), 0.0)
 
 
 @given(best=st.floats(0.07, 3.0), steep=st.floats(0.01, 100.0))
@@ -48,6 +48,15 @@ def test_of_a_convex_loss_the_best_share_of_the_grid_is_found(best, steep):
 def test_of_equal_losses_the_larger_share_is_taken():
     assert find_strength(flat(lambda share: 0.0 if share else 1.0)).share == 1.0
     assert find_strength(flat(lambda share: abs(share - 0.5625))).share == 0.625
+
+
+def test_numbers_have_their_part_in_the_choice():
+    # Tokens like 1 best, numbers suffer by as much again from .5 on.
+    found = find_strength(lambda share: (torch.tensor([1 - share]), max(0.0, 3 * (share - 0.5))))
+    assert found.share == 0.5
+    assert found.looked[0.5] == pytest.approx(0.5)  # of tokens alone
+    worse = find_strength(lambda share: (torch.tensor([1 - share]), 2 * share))
+    assert (worse.share, worse.helps) == (STEP, False)
 
 
 @pytest.mark.parametrize("loss", [lambda share: share, lambda share: 0.0, lambda share: np.exp(90 * share)])

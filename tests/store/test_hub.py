@@ -9,8 +9,10 @@ import pytest
 from huggingface_hub import constants
 
 from tether.causal.loading import load_backbone
+from tether.causal.modeling import CausalQwenForCausalLM
 from tether.errors import CheckpointError
-from tether.store.hub import hub_copy
+from tether.merge.companions import locate
+from tether.store.hub import hub_copy, unasked
 
 
 @pytest.fixture
@@ -86,3 +88,30 @@ def test_what_is_neither_a_folder_nor_known_is_named_when_offline(monkeypatch, t
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
         hub_copy(name)
+
+
+def test_transformers_own_way_to_load_does_not_wait_for_the_network_either(online, monkeypatch, silent):
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="find them in the cached files"):
+        CausalQwenForCausalLM.from_pretrained("owner/name")
+    assert time.monotonic() - began < 5
+
+
+def test_a_merge_of_a_hub_id_does_not_wait_for_the_network_either(online, monkeypatch, silent):
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="gave no answer in 3 seconds"):
+        locate("owner/name")
+    assert time.monotonic() - began < 5
+    snapshot = online / "models--owner--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    assert locate("owner/name") == snapshot
+
+
+def test_options_that_were_given_are_kept(tmp_path):
+    assert unasked(str(tmp_path), {}) == {"trust_remote_code": False}
+    asked = {"trust_remote_code": True, "revision": "a"}
+    assert unasked(str(tmp_path), asked) == unasked(None, asked) == asked

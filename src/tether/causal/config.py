@@ -11,9 +11,12 @@ from transformers.configuration_utils import SubConfigSpec
 from tether.errors import ConfigError
 from tether.registration import register_when_needed
 
-__all__ = ["MODES", "NOISES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
+__all__ = ["IMPLS", "MODES", "NOISES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
 
 MODES = ("softmax", "deterministic", "causal")
+
+IMPLS = ("dense", "chunked", "sampled")
+"""Forms of the one-vs-rest loss; see `tether.causal.losses.ovr_loss`."""
 """How to act: logits = loc_S; logits = log P(S_k > C_k); or logits = the scores of a sampled U."""
 
 THRESHOLDS = ("constant", "class", "context")
@@ -88,9 +91,10 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         abduction_size: width of a small MLP added to the linear abduction (0 at the start); 0 for none.
         num_token_id: id of `<NUM>`, or None for a model without numbers; set by `add_numbers`.
         class_bias: whether the scores have a bias b_k; set by `add_numbers` where `<NUM>` is an added class.
+        mode: what the model does unless a call says otherwise, one of `MODES`; a stock trainer minimises its loss.
         gate_alpha: alpha of the gated value loss, in [0, 1].
         value_loss_weight: lambda of the total loss, >= 0.
-        ovr_impl: form of the one-vs-rest loss: `dense`, `chunked` or `sampled`.
+        ovr_impl: form of the one-vs-rest loss, one of `IMPLS`.
         calibration: figures of the calibration this model went through, or None.
         fusion: description of the fused deltas, or None: chart, gated, domains, weights, location_only, leash.
         base_fingerprint: hash of the backbone's weights, set by `from_backbone`; deltas are bound to it.
@@ -122,6 +126,7 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     abduction_size: int = 0
     num_token_id: int | None = None
     class_bias: bool = False
+    mode: str = "softmax"
     gate_alpha: float = 0.5
     value_loss_weight: float = 1.0
     ovr_impl: str = "chunked"
@@ -154,6 +159,8 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
                 "and class_noise >= 0; see the presets in tether.causal.config.PRESETS"
             )
         for field, known in (
+            ("mode", MODES),
+            ("ovr_impl", IMPLS),
             ("threshold_form", THRESHOLDS),
             ("noise_form", NOISES),
             ("value_transform", TRANSFORMS),

@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig
 
 from tether.causal.config import CausalQwenConfig
 from tether.causal.resizing import resize
-from tether.causal.wrapping import OVERRIDES
+from tether.causal.wrapping import CONSTANTS
 from tether.errors import ConfigError
+from tether.store.hub import unasked
 
 __all__ = ["TransformersContract"]
 
@@ -33,7 +34,7 @@ class TransformersContract:
         Args:
             pretrained_model_name_or_path: folder or hub id, of a converted or fused checkpoint or of a plain causal LM.
             args: as in transformers.
-            options: as in transformers; where a plain model is wrapped also `preset` and its overrides, see
+            options: as in transformers, but that `trust_remote_code` is False unless it is given; where a plain model is wrapped also `preset` and its overrides, see
                 `CausalQwenForCausalLM.from_backbone`.
 
         Returns:
@@ -42,7 +43,8 @@ class TransformersContract:
         Raises:
             ConfigError: a plain model that cannot be wrapped exactly, or options of wrapping for one that is wrapped.
         """  # noqa: DOC502 - some are raised by from_backbone
-        wrapping = {option: options.pop(option) for option in ("preset", *OVERRIDES) if option in options}
+        options = unasked(pretrained_model_name_or_path, options)
+        wrapping = {option: options.pop(option) for option in ("preset", *CONSTANTS) if option in options}
         if _is_plain(pretrained_model_name_or_path, options):
             from transformers import AutoModelForCausalLM
 

@@ -106,7 +106,7 @@ def _plain_names(config: Any) -> tuple[str, str]:
 
     try:
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except ValueError:  # a class that transformers makes of no config alone
         return "backbone", "action.weight"
     prefix, weight = plain.base_model_prefix, plain.get_output_embeddings().weight

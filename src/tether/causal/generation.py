@@ -90,7 +90,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
-        mode: str = "softmax",
+        mode: str | None = None,
         noise: Noise | Tensor | None = None,
         truncation: float = 0.0,
         numeric_values: Tensor | None = None,
@@ -110,7 +110,7 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
             inputs: token ids of the prompts, shape (B, L); or pass `input_ids`.
             generation_config: as in transformers.
             args: as in transformers.
-            mode: how to act.
+            mode: how to act; None takes the config's.
             noise: who acts, mode `causal` only: a `Noise` of one individual for each text, or uniform numbers
                 of shape (C,) or (B, C) shared by all positions; None draws new individuals from torch's
                 global state.
@@ -129,6 +129,8 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
                 prompts in chunks, or a cache without the gates' state.
             ShapeError: noise for another batch or latent size; numbers of another shape.
         """  # noqa: DOC502 - raised by what it calls
+        own = self.config.mode
+        mode = own if mode is None else mode
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
         if mode != "causal" and (noise is not None or truncation):
@@ -145,7 +147,9 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         self._check_memory({name: kwargs.get(name) or option(name) for name in REPLAYING}, kwargs)
         self._check_caches(option("cache_implementation"))
         if mode != "softmax":
-            kwargs = {"do_sample": False} | kwargs | {"mode": mode}
+            kwargs = {"do_sample": False} | kwargs
+        if mode != "softmax" or mode != own:
+            kwargs["mode"] = mode
         if option("do_sample") and option("top_k") is None:
             # transformers' silent default would never draw most of the vocabulary.
             kwargs["top_k"] = 0

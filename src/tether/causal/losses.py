@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tether.cauchy.functional import log_prob, log_sf
 from tether.causal import ovr
+from tether.causal.config import IMPLS
 from tether.causal.decisions import IGNORE, decisions
 from tether.causal.ovr import Estimate
 from tether.causal.transforms import signed_log, signed_log_inverse
@@ -24,8 +25,6 @@ __all__ = [
     "signed_log_inverse",
     "softmax_loss",
 ]
-
-_FORMS = ("dense", "chunked", "sampled")
 
 
 def ovr_log_prob(
@@ -106,8 +105,8 @@ def ovr_loss(
         >>> ovr_loss(loc, scale, weight, torch.tensor([0]), threshold=0.0, impl="chunked")  # 3 log 2
         tensor(2.0794)
     """  # noqa: DOC502 - ShapeError is raised by decisions
-    if impl not in _FORMS:
-        raise ConfigError(f"impl={impl!r}: expected one of {', '.join(_FORMS)}")
+    if impl not in IMPLS:
+        raise ConfigError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
     _check_counts(samples, chunk)
     case = decisions(latent_loc, latent_scale, weight, targets, threshold, class_noise, bias)
     if not len(case.targets):

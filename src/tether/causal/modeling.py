@@ -165,7 +165,7 @@ class CausalQwenForCausalLM(
         logits_to_keep: int | Tensor = 0,
         numeric_values: Tensor | None = None,
         target_values: Tensor | None = None,
-        mode: str = "softmax",
+        mode: str | None = None,
         noise: Noise | Tensor | None = None,
         truncation: float = 0.0,
         gate_state: Tensor | None = None,
@@ -191,7 +191,7 @@ class CausalQwenForCausalLM(
             numeric_values: the number at each `<NUM>`, 0 elsewhere, shape (B, T).
             target_values: numbers that labels which are `<NUM>` should have, shape (B, T), aligned with labels;
                 None takes `numeric_values`.
-            mode: `softmax`, `deterministic` or `causal`.
+            mode: `softmax`, `deterministic` or `causal`; None takes that of the config.
             noise: who acts, mode `causal` only; see `generate`.
             truncation: smallest accepted density of U as a share of its peak, in [0, 1]; mode `causal` only.
             gate_state: gate memory returned by the call for the text before.
@@ -215,6 +215,7 @@ class CausalQwenForCausalLM(
                 without what gates remember of its text.
             ShapeError: numbers or noise of another shape.
         """  # noqa: DOC502 - ShapeError is raised by what it calls
+        mode = self.config.mode if mode is None else mode
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
         if mode != "causal" and (noise is not None or truncation):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,8 @@ class TrainOptions:
         part: `head` learns abduction, value head, a class weight that is the head's own, the bias of classes
             and the direction of numbers, on a frozen backbone; `all` learns the backbone too. A class weight
             tied to the embedding belongs to the backbone.
-        mode: `softmax` learns by cross-entropy of softmax(loc_S), `deterministic` by the one-vs-rest loss.
+        mode: `softmax` learns by cross-entropy of softmax(loc_S), `deterministic` by the one-vs-rest loss; None takes
+            the model's (`CausalQwenConfig.mode`).
         untie: give the head a class weight of its own first, a copy of the embedding, so that `head` learns it.
         learn_threshold: learn C_k and the class noise too; mode `deterministic` only.
         fit_values: after the last step, fit the value head to the text's numbers in closed form, see
@@ -47,7 +48,7 @@ class TrainOptions:
     """
 
     part: Literal["head", "all"] = "head"
-    mode: Literal["softmax", "deterministic"] = "softmax"
+    mode: Literal["softmax", "deterministic"] | None = None
     untie: bool = False
     learn_threshold: bool = False
     fit_values: bool = False
@@ -69,11 +70,13 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for field, known in (
             ("part", ("head", "all")),
-            ("mode", ("softmax", "deterministic")),
+            ("mode", (None, "softmax", "deterministic")),
             ("mixed_precision", ("no", "bf16")),
         ):
             if getattr(self, field) not in known:
-                raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(known)}")
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r}: expected one of {', '.join(map(str, known))}"
+                )
         counts = ("steps", "epochs", "batch", "accumulate", "save_every")
         given = {field: getattr(self, field) for field in counts}
         if low := [f"{field}={count}" for field, count in given.items() if count is not None and count < 1]:
@@ -97,6 +100,26 @@ class TrainOptions:
             )
         if self.samples is not None and self.samples < 2:
             raise ConfigError(f"samples={self.samples}: expected at least 2, or none for the exact loss")
+
+    def on(self, model: CausalQwenForCausalLM) -> "TrainOptions":
+        """Settle what the model decides.
+
+        Args:
+            model: to be trained.
+
+        Returns:
+            The options with a mode.
+
+        Raises:
+            ConfigError: the model's own mode has no loss, or does not go with the other options.
+        """
+        mode = self.mode or model.config.mode
+        if mode == "causal":
+            raise ConfigError(
+                "the model's mode is 'causal', in which individuals act and nothing is learnt: give mode 'softmax' or "
+                "'deterministic'"
+            )
+        return replace(self, mode=mode)
 
     def total(self, windows: int) -> int:
         """Count the optimizer steps.
@@ -246,7 +269,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: CausalQwenForCausalLM, options: TrainOptions) -> None:
         super().__init__()
-        self.model, self.mode, self.samples = model, options.mode, options.samples
+        self.model, self.mode, self.samples = model, options.on(model).mode, options.samples
 
     def forward(self, batch: dict[str, Tensor], labels: int, numbers: int) -> tuple[Tensor, Tensor]:
         """Compute the share.

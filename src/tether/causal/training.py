@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tether.causal.constants import OF_LOSSES
 from tether.causal.dataset import Examples, count_labels, make_examples, shuffled
 from tether.causal.evaluation import evaluate
 from tether.causal.fingerprint import renew_fingerprint, weights_fingerprint
@@ -82,6 +83,7 @@ def train(
             another run; or the batch cannot be split evenly.
         CheckpointError: the saved state is damaged.
     """  # noqa: DOC502 - raised by what it calls
+    options = options.on(model)
     trained = select(model, options)
     accelerator = _accelerator()
     check_processes(options, accelerator.num_processes)
@@ -102,6 +104,7 @@ def train(
         "base": weights_fingerprint(model),
         "text": examples.fingerprint(),
         "held_out": make_examples(held_out, tokenizer).fingerprint() if held_out else None,
+        "constants": {name: getattr(model.config, name) for name in OF_LOSSES},
         "options": {key: value for key, value in asdict(options).items() if key != "save_every"},
     }
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tether.causal.action import Action
 from tether.causal.after_head import check_same, continued, find_after_head, logits_of, probe_ids, refusing
 from tether.causal.config import PRESETS, CausalQwenConfig
+from tether.causal.constants import CONSTANTS, set_constants
 from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.layers import Abduction, NumericEmbedding
 from tether.errors import ConfigError
@@ -17,9 +18,8 @@ from tether.errors import ConfigError
 if TYPE_CHECKING:
     from tether.causal.modeling import CausalQwenForCausalLM
 
-__all__ = ["OVERRIDES", "make_head", "wrap_backbone"]
+__all__ = ["CONSTANTS", "make_head", "wrap_backbone"]
 
-OVERRIDES = (*PRESETS["calibrated"], "abduction_size", "gate_alpha", "value_loss_weight", "ovr_impl")
 """Fields of the config that are chosen where a base is wrapped."""
 
 
@@ -75,8 +75,8 @@ def wrap_backbone(
 
     if preset not in PRESETS:
         raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-    if unknown := set(overrides) - set(OVERRIDES):
-        raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(OVERRIDES))}")
+    if unknown := set(overrides) - set(CONSTANTS):
+        raise ConfigError(f"{sorted(unknown)}: expected some of {', '.join(sorted(CONSTANTS))}")
     model = load_backbone(backbone)[0] if isinstance(backbone, str) else backbone
     if isinstance(model, cls):
         raise ConfigError(
@@ -89,6 +89,8 @@ def wrap_backbone(
         logits = logits_of(model, ids)
         after = find_after_head(model, ids, logits)
     settings = PRESETS[preset] | overrides
+    # The wrapper is compared with the base in mode softmax.
+    mode = settings.pop("mode", "softmax")
     config = CausalQwenConfig(
         backbone_config=model.config,
         preset=preset,
@@ -104,6 +106,7 @@ def wrap_backbone(
     with refusing(model, "going on with a text from its cache"):
         made, written = continued(wrapped, ids), continued(model, ids)
     check_same(model, made, written)
+    set_constants(wrapped.config, {"mode": mode})
     renew_fingerprint(wrapped)
     return wrapped
 

@@ -24,12 +24,21 @@ def convert(
         bool,
         typer.Option("--numbers", help="Add a token <NUM> where the vocabulary has no reserved row for it."),
     ] = False,
+    constants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A constant of the model, in place of the preset's. Can be repeated.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a CausalQwen checkpoint of a causal LM; in softmax mode it equals the base."""
     quiet_libraries()
     from tether.causal.calibration import calibrate as fit
     from tether.causal.checkpoint import save_checkpoint
+    from tether.causal.constants import CONSTANTS, read_constants
     from tether.causal.loading import load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
     from tether.delta.windows import window_text
@@ -40,13 +49,14 @@ def convert(
     from tether.store.publish import publish_file, write_json
 
     check_free(out)
+    overrides = read_constants(constants or ())
     documents = None if calibrate is None else read_documents(calibrate)
     if documents and preset == "paper":
         raise ConfigError(
             "--calibrate with --preset paper: the paper's numbers are not fitted; leave one out"
         )
     backbone, tokenizer = load_backbone(base)
-    model = CausalQwenForCausalLM.from_backbone(backbone, preset=preset)
+    model = CausalQwenForCausalLM.from_backbone(backbone, preset=preset, **overrides)
     record = None
     if documents:
         windows = window_text(documents, tokenizer, length=128, tokens=4000, name="the calibration text")
@@ -59,6 +69,7 @@ def convert(
         "path": str(out),
         "base": base,
         "preset": preset,
+        "constants": {name: getattr(model.config, name) for name in CONSTANTS},
         "fingerprint": model.config.base_fingerprint,
         "num_token_id": model.config.num_token_id,
         "calibration": model.config.calibration,
@@ -83,9 +94,12 @@ def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, alias, path or hub id.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     mode: Annotated[
-        str,
-        typer.Option(help="softmax (logits), deterministic (one-vs-rest) or causal (an individual acts)."),
-    ] = "softmax",
+        str | None,
+        typer.Option(
+            help="softmax (logits), deterministic (one-vs-rest) or causal (an individual acts); the model's own if "
+            "left out."
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; softmax mode only.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, or of the individual.")] = 0,
@@ -107,23 +121,30 @@ def generate(
     from tether.causal.loading import load
     from tether.causal.noise import Noise, check_share
     from tether.errors import ConfigError
+    from tether.store.place import check_place
 
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+    def check_mode(mode: str) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        if temperature and mode != "softmax":
+            raise ConfigError(
+                f"temperature={temperature} with mode {mode}: only softmax mode takes one; leave it out"
+            )
+        if mode != "causal" and (shared_noise or truncation or noise is not None):
+            raise ConfigError(
+                f"--shared-noise, --truncation or --noise with mode {mode}: only causal mode samples an individual; "
+                "leave them out, or take --mode causal"
+            )
+
     if not prompt:
         raise ConfigError("the prompt is empty: expected at least one token of text")
-    if temperature and mode != "softmax":
-        raise ConfigError(
-            f"temperature={temperature} with mode {mode}: only softmax mode takes one; leave it out"
-        )
-    if mode != "causal" and (shared_noise or truncation or noise is not None):
-        raise ConfigError(
-            f"--shared-noise, --truncation or --noise with mode {mode}: only causal mode samples an individual; "
-            "leave them out, or take --mode causal"
-        )
+    if mode is not None:
+        check_mode(mode)
     check_share(truncation)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed}: expected a number from 0 to 2^63 - 1")
+    if noise is not None and not noise.exists():
+        check_place(noise)
     individual = Noise.load(noise) if noise is not None and noise.exists() else None
     if individual is not None and shared_noise and not individual.shared:
         raise ConfigError(
@@ -131,6 +152,9 @@ def generate(
             "name a new file"
         )
     writer, tokenizer = load(model)
+    if mode is None:
+        mode = str(writer.config.mode)
+        check_mode(mode)
     numeric = None if writer.config.num_token_id is None else writer.add_numbers(tokenizer)
     encoded = (numeric or tokenizer)(prompt, return_tensors="pt")
     options: dict[str, Any] = {"do_sample": bool(temperature)}

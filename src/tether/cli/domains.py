@@ -98,7 +98,11 @@ def learn(
 ) -> None:
     """Learn a domain as a delta of the abduction head, on a drift budget."""
     quiet_libraries()
+    from tether.store.place import check_file, check_place
+
     check_name(out.stem)
+    if cache is not None:
+        check_place(cache / "states")
     if adapter is not None:
         # Options of deltas only, by the value they have when they are given.
         delta_only = {
@@ -116,7 +120,6 @@ def learn(
     from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta
     from tether.store.documents import read_documents
-    from tether.store.place import check_file
 
     # All that can be wrong without the model is found before it is loaded.
     of_budget = {
@@ -314,6 +317,12 @@ def certify(
         for name, row in certificate.figures.items()
         for domain, declared in row["alone"].items()
         for found in declared.values()
+    ]
+    lines += [
+        f"{name}: median error of {values['numbers']:,} numbers {values['median_error_before']:.4g} -> "
+        f"{values['median_error_after']:.4g}, their law drifts by {values['drift']:.4g} nats"
+        for name, row in certificate.figures.items()
+        if (values := row["values"])["numbers"]
     ]
     emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
 

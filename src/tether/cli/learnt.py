@@ -30,7 +30,7 @@ def learnt_told(
         One line a fact: the text, the domain's loss, base text, the budget, the sample, the next command.
     """
     lines = [f"{out} was learnt from {record['tokens']:,} tokens. {record['held_out']['note']}"]
-    lines += [*_domain(record), _base(record), _budget(record), _sample(sample, asked)]
+    lines += [*_domain(record), *_numbers(record), _base(record), _budget(record), _sample(sample, asked)]
     lines += [f"Warning: {warning}" for warning in record["warnings"]]
     fused = out.with_name(f"{out.stem}-fused")
     command = shlex.join(["tether", "fuse", model, str(out), "--out", str(fused)])
@@ -49,6 +49,16 @@ def _domain(record: Mapping[str, Any]) -> list[str]:
     return [
         f"The loss on what was kept aside is {kept['nll_before']:.3f} before and {kept['nll_after']:.3f} after, a "
         f"change of {kept['change']:+.3f}{doubt}. Losses are mean cross-entropies a token, as in training."
+    ]
+
+
+def _numbers(record: Mapping[str, Any]) -> list[str]:
+    values = record.get("values", {"numbers": 0})
+    if not values["numbers"]:
+        return []
+    return [
+        f"The median error of {values['numbers']:,} numbers in it is {values['median_error_before']:.4g} before and "
+        f"{values['median_error_after']:.4g} after."
     ]
 
 

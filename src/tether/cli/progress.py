@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tether.cli.output import plain
+
 __all__ = ["Reporter", "reporter"]
 
 Reporter = Callable[[str], Callable[[dict[str, float]], None]]
@@ -17,11 +19,11 @@ def reporter() -> Iterator[Reporter]:
     """Show one bar for each piece of work that reports steps.
 
     Yields:
-        A function from a name to an `on_step` callback; the callback reads done/total or step/steps, and
-        shows nll and drift where they are given.
+        A function from a name, which may come from a file, to an `on_step` callback; the callback reads done/total or
+        step/steps, and shows nll and drift where they are given.
     """
     columns = (
-        TextColumn("{task.description:<22}"),
+        TextColumn("{task.description:<22}", markup=False),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -40,7 +42,7 @@ def reporter() -> Iterator[Reporter]:
                 # A fit follows a pass over the text under the same name: each gets its own bar.
                 key = f"{name}/{'text' if 'done' in entry else 'fit'}/{total}"
                 if key not in known:
-                    known[key] = bars.add_task(name, note="")
+                    known[key] = bars.add_task(plain(name), note="")
                 note = f"nll {entry['nll']:.3f}  drift {entry['drift']:.3g}" if "nll" in entry else ""
                 bars.update(known[key], completed=done, total=total, note=note)
 

@@ -47,8 +47,11 @@ def experiments(
     """Repeat the source document's six experiments and show what random samples do not see."""
     import torch
 
+    from tether.store.place import check_place
     from tether.theory.experiments import run_experiments
 
+    if figures is not None:
+        check_place(figures / "figure.png")
     torch.set_num_threads(1)  # the batches are small: a second thread only waits
     with reporter() as report:
         results = run_experiments(samples, seed, report("experiments"))
@@ -162,6 +165,10 @@ def enclose(
     """Enclose constants and prove the two theorems in ball arithmetic; exit 1 if a cell resists."""
     if what not in ENCLOSED:
         raise ConfigError(f"unknown enclosure {what!r}: choose one of {', '.join(ENCLOSED)}")
+    if state is not None:
+        from tether.store.place import check_place
+
+        check_place(state)
     with reporter() as report:
         record, text = ENCLOSED[what](fast, state, report(what))
     emit(record, as_json, text)

@@ -27,7 +27,16 @@ def train(
     held_out: Annotated[Path | None, typer.Option(help="Text to evaluate on before and after.")] = None,
     part: Annotated[str | None, typer.Option(help="head (frozen backbone; the default) or all.")] = None,
     mode: Annotated[
-        str | None, typer.Option(help="Loss: softmax (the default) or deterministic (one-vs-rest).")
+        str | None,
+        typer.Option(help="Loss: softmax or deterministic (one-vs-rest); the model's own mode if left out."),
+    ] = None,
+    constants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Constant of the losses: mode, gate_alpha, value_loss_weight, ovr_impl. Repeatable.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps; one pass over the text if left out.")
@@ -41,6 +50,9 @@ def train(
     """Train the head, or the whole model, on a text; started again, a stopped training goes on."""
     quiet_libraries()
     flags = {"part": part, "mode": mode, "steps": steps}
+    from tether.causal.constants import OF_LOSSES, read_constants, set_constants
+
+    values = read_constants(constants or (), OF_LOSSES)
     chosen = _options(options, {name: value for name, value in flags.items() if value is not None})
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     from tether.causal.training import check_processes
@@ -50,6 +62,7 @@ def train(
     documents, held = _read(text), None if held_out is None else _read(held_out)
     _check_folder(out)
     net, tokenizer = _load(model)
+    set_constants(net.config, values)
     if numbers:
         tokenizer = net.add_numbers(tokenizer)
     with reporter() as report:

@@ -219,7 +219,7 @@ class Attached:
 
         self.slots: dict[str, str] = {}
         with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(model.backbone.config)
+            shell = AutoModelForCausalLM.from_config(model.backbone.config, trust_remote_code=False)
         setattr(shell, shell.base_model_prefix, frozen_twin(model.backbone))
         # PEFT draws from the global generator; it is put back, and the draw is replaced.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

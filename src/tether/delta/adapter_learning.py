@@ -27,6 +27,7 @@ from tether.delta.ray import MEASURED
 from tether.delta.source import reference, spread
 from tether.delta.strength import Change, change_figures, served_change
 from tether.delta.training import Step
+from tether.delta.values import next_values, value_figures, value_head
 from tether.delta.windows import Windows, reader
 from tether.scale import meet_budget
 from tether.store.manifest import versions
@@ -125,12 +126,13 @@ def _measured(
     factor = record["factor"]
     attached.rescale(name, factor)
     kept: dict[str, Any] = {"kind": aside.kind, "note": aside.note, "documents": 0, "tokens": 0}
-    helps = True
+    helps, values = True, _value_record(model, attached, name, aside.windows, torch.arange(0))
     if len(aside.away):
         of_window = aside.windows.documents[aside.windows.starts[:-1]]
         rows = torch.isin(of_window, aside.away).nonzero().squeeze(-1)
         windows, rows = aside.windows, _some(aside.windows, rows, MEASURED)
         change, documents = _change(model, attached, name, windows, rows)
+        values = _value_record(model, attached, name, windows, rows)
         scored = ~change.before.isnan()
         kept |= change_figures(change.before[scored], change.after[scored], documents[scored])
         helps = kept["change"] < 0
@@ -146,6 +148,7 @@ def _measured(
         "budget_used": used,
         "budget_why": why_no_more(fit.budget, used, factor_budget=factor, helps=helps),
         "warnings": [] if helps else [NO_HELP],
+        **values,
     }
 
 
@@ -171,6 +174,30 @@ def _change(
         found.append(served_change(law, after, windows.targets[at], output))
         documents.append(windows.documents[at])
     return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
+
+
+# What an adapter does to the numbers in some windows; nothing for a model without numbers.
+@torch.no_grad()
+def _value_record(
+    model: Any, attached: Attached, name: str, windows: Windows, rows: Tensor
+) -> dict[str, Any]:
+    head, values = value_head(model), next_values(model, windows)
+    if head is None:
+        return {}
+    laws: list[list[Tensor]] = [[torch.zeros(0)] for _ in range(5)]
+    for some in rows.split(8) if len(rows) else ():
+        batch = windows.batch(some)
+        true = values[windows.positions(batch)]
+        here = ~true.isnan()
+        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
+        for at, states in enumerate((hidden_states(model, batch)[batch.mask], moved[batch.mask])):
+            found = reference(model, states[here])
+            for part, law in zip(laws[2 * at : 2 * at + 2], head.law(found.loc, found.scale), strict=True):
+                part.append(law)
+        laws[4].append(true[here])
+    before_loc, before_scale, after_loc, after_scale, true = map(torch.cat, laws)
+    before, after = (before_loc, before_scale), (after_loc, after_scale)
+    return {"values": value_figures(before, after, true, model.action.number)}
 
 
 @torch.no_grad()

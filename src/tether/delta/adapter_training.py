@@ -18,6 +18,7 @@ from tether.delta.objective import full_cross_entropy, output_fisher
 from tether.delta.output_head import output_head
 from tether.delta.source import reference
 from tether.delta.training import Step
+from tether.delta.values import next_values, value_head
 from tether.delta.windows import Batch
 from tether.errors import ConfigError
 from tether.scale import DualAscent
@@ -139,6 +140,9 @@ class AdapterTraining:
         if self.metric == "fisher":
             some = reference(model, base.states[:1024].float()).loc
             self.fisher = output_fisher(output_head(model), some)
+        self.values, self.next_values = value_head(model), next_values(model, domain.windows)
+        scored = domain.windows.targets >= 0
+        self.numbers = float((~self.next_values[scored].isnan()).double().mean())
         self.drift: float | None = None
         self.curve: list[dict[str, float]] = []
 
@@ -193,21 +197,26 @@ class AdapterTraining:
                 on_step(entry)
 
     def domain_loss(self, batch: Batch) -> Tensor:
-        """Compute the loss of the domain.
+        """Compute the loss of the domain, of its numbers too where the model has them.
 
         Args:
             batch: windows of its text.
 
         Returns:
-            Mean negative log likelihood, nats.
+            Mean negative log likelihood, nats, and lambda times the mean loss of numbers, as training has it.
         """
-        windows = self.domain.windows
-        targets = windows.targets[windows.positions(batch)]
+        windows, at = self.domain.windows, self.domain.windows.positions(batch)
+        targets = windows.targets[at]
         states = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()
-        states, targets = states[batch.mask][targets >= 0], targets[targets >= 0]
+        states, values = states[batch.mask][targets >= 0], self.next_values[at][targets >= 0]
         output = output_head(self.model)
-        loc = self.model.abduction(states.to(output.weight.dtype))[0]
-        return full_cross_entropy(loc, targets, output)
+        loc, log_scale = self.model.abduction(states.to(output.weight.dtype))
+        loss = full_cross_entropy(loc, targets[targets >= 0], output)
+        here = ~values.isnan()
+        if self.values is None or not bool(here.any()):
+            return loss
+        of_values = self.values.nll(loc[here], log_scale[here].exp(), values[here])
+        return loss + self.values.share * of_values.sum() / (len(values) * self.numbers)
 
     def base_drift(self) -> Tensor:
         """Compute the drift on base windows drawn at random.

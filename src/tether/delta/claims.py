@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 __all__ = ["CLAIMS", "SCHEMA_VERSION", "are_known"]
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
 5: the dtype; in half precision figures count how what is served is rounded. 6: fusions by evidence.
-7: budgets beside the drift of each delta alone, and signatures."""
+7: budgets beside the drift of each delta alone, and signatures. 8: numbers."""
 
 CLAIMS = (
     "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
@@ -36,6 +36,9 @@ CLAIMS = (
     "weight of the base there (before sampling is cut off); what the fusion adds is not bounded.",
     "parts: in any context whatever softmax_kl is at most the weighted mean of KL(base || expert); this does not carry "
     "over to means over contexts of one expert alone. latent_drift is the weighted mean of the experts' own.",
+    "values: where a number follows, the median error of the number that base and fused model expect, in the numbers' "
+    "own units, the share of numbers within the central half of the law, and drift, the KL of the two laws; by "
+    "evidence the Cauchy law with the median and quartiles of what is served.",
     "continuations: the same figures in the contexts of tokens that the fused model wrote itself, by softmax sampling "
     "at temperature 1 with the seed stated, after the first tokens of documents.",
 )
@@ -47,6 +50,7 @@ OLDER_CLAIMS = {
     4: "790b5b0d36464bb49b117e3dec2c4a92b80ecf9f311894ef2dc3426304092fb3",
     5: "81091fbfe75211984466e191b45c9748bfd2260d811f5f7e8103caaacec49cf7",
     6: "fcd24f3537bfdc930c016d972a4b12fe6f92b43eecaebebd96b04495b8d18d27",
+    7: "177b3799cd9371e30f7c2365bab73729f738d8283807204d0a6e45009020ca7e",
 }
 """Hashes of the claims of older schemas."""
 

@@ -107,6 +107,7 @@ def continue_texts(model: Any, begun: Written, length: int, seed: int = 0) -> Wr
     numbers = {} if begun.values is None else {"numeric_values": begun.values.to(device)}
     written = model.generate(
         begun.ids.to(device),
+        mode="softmax",
         attention_mask=torch.ones_like(begun.ids, device=device),
         logits_processor=LogitsProcessorList([_Draw(noise)]),
         do_sample=False,
@@ -143,7 +144,7 @@ def not_drawn(model: Any, written: Written, seed: int = 0) -> int:
         )
         if isinstance(model.fusion, Mixture):
             numbers["written_from"] = PROMPT
-        output = model(input_ids=ids[row : row + 1].to(device), **numbers)
+        output = model(input_ids=ids[row : row + 1].to(device), mode="softmax", **numbers)
         scores = output.logits[0, PROMPT - 1 : -1]
         if values is not None:
             own = torch.where(

@@ -20,6 +20,7 @@ from tether.delta.planned import budget_figures
 from tether.delta.record import Settings
 from tether.delta.regret import account_figures
 from tether.delta.summary import summarise
+from tether.delta.values import served_values
 from tether.delta.windows import Windows, window_text
 
 __all__ = ["budgeted", "prepare", "served_variant", "text_figures"]
@@ -73,11 +74,13 @@ def text_figures(
 
     Returns:
         What `summarise` gives (`account_figures` for a fusion by evidence), `continuations` where asked for, what the
-        `budgets` allow (of a sum), and `alone`, the drifts that deltas are held to (`tether.delta.declared`).
+        `budgets` allow (of a sum), `alone`, the drifts that deltas are held to (`tether.delta.declared`), and `values`,
+        what happened to numbers (`tether.delta.values`).
     """
     found = _figures(fused, windows, begun, chosen, on_step, written)
     alone = alone_figures(fused, windows, documents, chosen.confidence)
-    return budgeted(fused, found | {"alone": alone})
+    found |= {"alone": alone, "values": served_values(fused, windows)}
+    return budgeted(fused, found)
 
 
 def budgeted(fused: Any, row: dict[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,20 @@ class Reference(NamedTuple):
         ).long()
         return Reference(*(values[index] for values in self))
 
+    def moved(self, head: Head | None) -> tuple[Tensor, Tensor]:
+        """Move the law of U.
+
+        Args:
+            head: a delta that acts everywhere, or None for the base.
+
+        Returns:
+            loc and scale of U, shape (n, C) each.
+        """
+        if head is None:
+            return self.loc, self.scale
+        x, y = head.displacement(self.states)
+        return self.loc + self.scale * y, self.scale * x.exp()
+
     def join(self, other: "Reference") -> "Reference":
         """Put the tokens of two texts together.
 

@@ -16,7 +16,7 @@ from tether.delta.cache import StateCache, latent_print
 from tether.delta.carried import STRENGTHS
 from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
-from tether.delta.head import METRICS
+from tether.delta.head import METRICS, Head
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
@@ -26,6 +26,7 @@ from tether.delta.ray import MEASURED, Needs, Ray
 from tether.delta.source import Source, reference, set_aside, spread
 from tether.delta.strength import change_figures
 from tether.delta.training import Aside, Fit, Step, Training
+from tether.delta.values import ValueHead, value_figures, value_head
 from tether.delta.windows import reader
 from tether.errors import ConfigError
 from tether.store.documents import read_documents
@@ -94,8 +95,9 @@ def fit_delta(
     if aside is not None and len(aside):
         some = spread(len(aside), 2 * fit.probe)
         watched = Aside(aside.take(some), aside.targets[some])
-    training = Training(fit, source, anchor, loss, generator, watched)
-    needs = Needs(output, anchor.fisher)
+    values = value_head(model)
+    training = Training(fit, source, anchor, loss, generator, watched, values)
+    needs = Needs(output, anchor.fisher, values)
     some_base = training.watched.some(fit.probe // 3)
     head = training.run(
         lambda head: float(fit.budget.statistic(needs.drift("softmax", head, some_base))), on_step
@@ -127,6 +129,9 @@ def fit_delta(
     factor, found = _strength(ray, unseen, held_out)
     record |= found
     head = head.scaled(factor)
+    if values is not None:
+        # Where no document is kept aside, on what was learnt from.
+        record["values"] = _value_record(model, values, head, source if unseen is None else unseen)
     # What a plan of a fusion needs, whatever the budget is in: `tether.delta.planned`.
     record["latent_base"] = float(needs.drift("latent", head, anchor.probe.some(fit.probe)).mean())
     few = source.some(fit.probe // 6)
@@ -146,6 +151,14 @@ def fit_delta(
     )
 
 
+# What a delta does to the numbers of a text, all of them.
+def _value_record(model: Any, values: ValueHead, head: Head, text: Source) -> dict[str, Any]:
+    numbers = (~text.values.isnan()).nonzero().squeeze(-1)
+    at = text.take(numbers)
+    before, after = (values.law(*at.moved(moved)) for moved in (None, head))
+    return value_figures(before, after, text.values[numbers], model.action.number)
+
+
 # The factor of a learnt delta, and what its record says of it.
 def _strength(ray: Ray, unseen: Source | None, held_out: HeldOut) -> tuple[float, dict[str, Any]]:
     budget = ray.budget
@@ -155,7 +168,7 @@ def _strength(ray: Ray, unseen: Source | None, held_out: HeldOut) -> tuple[float
     if unseen is not None:
         some = spread(len(unseen), MEASURED)
         at, targets, documents = unseen.take(some), unseen.targets[some], unseen.documents[some]
-        found = ray.strength(at, targets, largest)
+        found = ray.strength(at, targets, unseen.values[some], largest)
         share, helps = found.share, found.helps
         kept |= change_figures(found.nll[0.0], found.nll[share], documents)
         kept["looked"] = [{"factor": part * largest, "nll": nll} for part, nll in found.looked.items()]

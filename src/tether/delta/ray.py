@@ -14,6 +14,7 @@ from tether.delta.head import Head, Reference, token_drift
 from tether.delta.output_head import OutputHead
 from tether.delta.source import PIECE, Source, spread
 from tether.delta.strength import Change, Strength, find_strength, served_change, token_nll
+from tether.delta.values import ValueHead
 from tether.scale import AIM, Met, meet_budget
 
 __all__ = ["MEASURED", "Needs", "Ray"]
@@ -30,10 +31,12 @@ class Needs(NamedTuple):
     Attributes:
         output: the output head.
         fisher: output Fisher on base text, shape (C, C).
+        values: of a model with numbers, or None.
     """
 
     output: OutputHead
     fisher: Tensor
+    values: ValueHead | None = None
 
     def drift(self, metric: str, head: Head, at: Reference) -> Tensor:
         """Compute the drift of each token.
@@ -46,7 +49,7 @@ class Needs(NamedTuple):
         Returns:
             Nats, shape (n,).
         """
-        return token_drift(metric, head, at, **self._asdict())
+        return token_drift(metric, head, at, output=self.output, fisher=self.fisher)
 
 
 class Ray:
@@ -137,21 +140,27 @@ class Ray:
         tries = 40 if metric == "latent" else 8
         return meet_budget(self.limited, value, start=start, power=power, ceiling=budget.stretch, tries=tries)
 
-    def strength(self, at: Reference, targets: Tensor, largest: float) -> Strength:
+    def strength(self, at: Reference, targets: Tensor, values: Tensor, largest: float) -> Strength:
         """Find the share of the largest factor allowed that the domain's own held-out text is best with.
 
         Args:
             at: base quantities at n tokens of documents kept aside.
             targets: next tokens, shape (n,).
+            values: the next token's number in the units of Y, nan where it is none, shape (n,).
             largest: the factor that meets the budget, > 0.
 
         Returns:
             The share; see `tether.delta.strength.find_strength`.
         """
+        here = ~values.isnan()
 
-        def nll(share: float) -> Tensor:
+        def nll(share: float) -> tuple[Tensor, float]:
             head = self.head.scaled(share * largest) if share else None
-            return token_nll(head, at, targets, self.needs.output)
+            of_values, some = self.needs.values, Reference(*(part[here] for part in at))
+            if of_values is None or not bool(here.any()):
+                return token_nll(head, at, targets, self.needs.output), 0.0
+            numbers = of_values.nll(*some.moved(head), values[here]).double().mean()
+            return token_nll(head, at, targets, self.needs.output), float(of_values.share * numbers)
 
         return find_strength(nll)
 

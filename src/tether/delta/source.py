@@ -10,6 +10,7 @@ from tether.delta.basis import Basis
 from tether.delta.cache import StateCache
 from tether.delta.head import Reference
 from tether.delta.sharded import ShardedStates
+from tether.delta.values import next_values
 
 __all__ = ["Source", "reference", "set_aside", "spread"]
 
@@ -46,6 +47,7 @@ class Source:
     Attributes:
         targets: next tokens, shape (n,).
         documents: document of each token, shape (n,).
+        values: the next token's number in the units of Y, nan where it is none, shape (n,).
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Source:
         self.rows = kept.nonzero().squeeze(-1)
         self.targets = cache.windows.targets[self.rows]
         self.documents = cache.windows.documents[self.rows]
+        self.values = next_values(model, cache.windows)[self.rows]
         width = cache.states.shape[1] + 2 * model.abduction.loc.out_features
         self.kept: Reference | None = None
         if 4 * width * len(self.rows) <= KEPT_BYTES and len(self.rows):

@@ -33,7 +33,7 @@ class Strength(NamedTuple):
     Attributes:
         share: of the largest factor allowed, a multiple of `STEP` in (0, 1].
         nll: for every share that was looked at, the loss of each token, nats, shape (n,); the base is share 0.
-        helps: whether the mean loss at `share` is below the base's.
+        helps: whether the mean loss at `share`, numbers included, is below the base's.
     """
 
     share: float
@@ -46,7 +46,7 @@ class Strength(NamedTuple):
         return {share: float(values.double().mean()) for share, values in sorted(self.nll.items())}
 
 
-def find_strength(nll: Callable[[float], Tensor]) -> Strength:
+def find_strength(nll: Callable[[float], tuple[Tensor, float]]) -> Strength:
     """Find the share of the largest factor allowed that has the least loss.
 
     The loss along a ray is convex where scores move linearly, and nearly so elsewhere. So the search begins at
@@ -59,17 +59,19 @@ def find_strength(nll: Callable[[float], Tensor]) -> Strength:
     Cost: four to seven evaluations, the base among them.
 
     Args:
-        nll: gives the loss of each token at a share, nats, shape (n,); at 0 that of the base.
+        nll: gives the loss of each token at a share, nats, shape (n,), and what numbers add to its mean; at 0 those of
+            the base.
 
     Returns:
         The share with what was looked at on the way.
     """
-    seen = {0.0: nll(0.0)}
+    seen: dict[float, tuple[Tensor, float]] = {}
 
     def loss(share: float) -> float:
         if share not in seen:
             seen[share] = nll(share)
-        mean = float(seen[share].double().mean())
+        tokens, more = seen[share]
+        mean = float(tokens.double().mean()) + more
         return mean if math.isfinite(mean) else math.inf
 
     best = 1.0
@@ -80,7 +82,8 @@ def find_strength(nll: Callable[[float], Tensor]) -> Strength:
     best = min((near, best), key=lambda share: (loss(share), -share))
     if loss(best) >= loss(0.0):
         best = STEP
-    return Strength(best, seen, loss(best) < loss(0.0))
+    helps = loss(best) < loss(0.0)
+    return Strength(best, {share: tokens for share, (tokens, _) in seen.items()}, helps)
 
 
 @torch.no_grad()
@@ -98,7 +101,7 @@ def token_nll(head: Head | None, at: Reference, targets: Tensor, output: OutputH
     Returns:
         Negative log likelihoods, nats, shape (n,), float32.
     """
-    loc = at.loc if head is None else at.loc + at.scale * head.displacement(at.states)[1]
+    loc, _ = at.moved(head)
     parts = zip(output.log_prob(loc), targets.split(chunk_rows(output.weight)), strict=True)
     losses = [-log_prob.gather(-1, target.unsqueeze(-1)).squeeze(-1) for log_prob, target in parts]
     return torch.cat(losses) if losses else torch.zeros(0)

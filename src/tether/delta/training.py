@@ -16,6 +16,7 @@ from tether.delta.head import Head, Reference, ray_share, token_drift
 from tether.delta.held_out import HELD_OUT, check_share
 from tether.delta.objective import CandidateSoftmax, full_cross_entropy
 from tether.delta.source import Source
+from tether.delta.values import ValueHead
 from tether.errors import ConfigError
 from tether.scale import DualAscent
 
@@ -127,6 +128,7 @@ class Training:
         loss: the domain loss.
         generator: of shuffles and draws.
         aside: other domain text for early stopping, or None.
+        values: of a model with numbers: their gated loss is then a part of the domain's, as in training.
 
     Attributes:
         dual: the multiplier of the constraint; well below its start at the end means the budget does not bind.
@@ -143,7 +145,11 @@ class Training:
         loss: CandidateSoftmax,
         generator: torch.Generator,
         aside: Aside | None = None,
+        values: ValueHead | None = None,
     ) -> None:
+        self.values = values
+        # Of the domain's tokens, those that a number follows.
+        self.numbers = float((~source.values.isnan()).double().mean())
         self.fit, self.source, self.anchor, self.aside = fit, source, anchor.fitted, aside
         # The multiplier answers to base text that the heads do not see: on what they see, drift is less, and a fit
         # held to that much ends above its budget (docs/log.md, 2026-11-28).
@@ -253,6 +259,7 @@ class Training:
         loc = at.loc + at.scale * y
         loss = self.loss
         nll = full_cross_entropy(loc, targets, loss.head) if whole else loss(loc, targets, self.generator)
+        total = nll + self._value_loss(at, x, loc, self.source.values[rows])
         if own is not None:
             moved = own.mean()
         else:
@@ -263,9 +270,17 @@ class Training:
             values = token_drift(self.inner, head, anchor, fisher=self.fisher)
             moved = budget.pressed(values * self.ratio if budget.hard else values)
         optimizer.zero_grad()
-        (nll + self.multiplier * moved).backward()
+        (total + self.multiplier * moved).backward()
         optimizer.step()
         return nll.item(), moved.item()
+
+    # lambda times the mean loss of numbers, as far as this batch has some.
+    def _value_loss(self, at: Reference, x: Tensor, loc: Tensor, values: Tensor) -> Tensor | float:
+        here = ~values.isnan()
+        if self.values is None or not bool(here.any()):
+            return 0.0
+        losses = self.values.nll(loc[here], at.scale[here] * x[here].exp(), values[here])
+        return self.values.share * losses.sum() / (len(values) * self.numbers)
 
     # One step of the dual: the drift is taken on the same base tokens each time, since a batch's is too noisy.
     # In metric softmax it is the Fisher form times what a measured KL was of it, asked for once on the way.

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["not_checked", "verify"]
 
-ADDED = {1: ("token_law", "leash_pulled", "budgets", "alone"), 2: ("budgets", "alone")} | dict.fromkeys(
-    range(3, 7), ("alone",)
-)
+ADDED = {
+    1: ("token_law", "leash_pulled", "budgets", "alone", "values"),
+    2: ("budgets", "alone", "values"),
+    **dict.fromkeys(range(3, 7), ("alone", "values")),
+    7: ("values",),
+}
 """Figures that certificates of older schemas do not have."""
 WHOLE = 3
 """Up to this schema the document that reached the limit of tokens was measured whole."""

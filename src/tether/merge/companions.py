@@ -106,6 +106,10 @@ def _fetched(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    from tether.store.hub import hub_copy
+
+    if (earlier := hub_copy(name)) is not None:
+        return Path(earlier)
     try:
         return Path(
             snapshot_download(

@@ -198,7 +198,7 @@ def load_reader(name: str, *, images: bool) -> tuple[Any, Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(
             resolve(name), trust_remote_code=False, dtype="auto"
         ).eval()
-        processor = AutoProcessor.from_pretrained(resolve(name))
+        processor = AutoProcessor.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: the probes have images, but no vision-language model with a processor loads from there "

@@ -1,11 +1,14 @@
 """Whether the hub answers, and what was fetched before: nobody waits for a network that is not there."""
 
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from tether.errors import CheckpointError
 
-__all__ = ["hub_copy"]
+__all__ = ["hub_copy", "unasked"]
 
 WAIT = 3.0
 """Seconds that the hub has for its first answer."""
@@ -39,6 +42,28 @@ def hub_copy(name: str) -> str | None:
             f"{name}: there is no such folder; as a hub id it was not fetched before, and {why}; check the name, "
             "or the network"
         ) from error
+
+
+def unasked(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the options of a `from_pretrained`, so that it does nothing that nobody asked for.
+
+    Code that a checkpoint brings is not run and not asked about, unless `trust_remote_code` is given; and of a hub that
+    does not answer only earlier copies are looked for, since transformers would try again for minutes.
+
+    Args:
+        name: what shall be loaded: a path, a hub id, or None.
+        options: as they were given.
+
+    Returns:
+        The options to use.
+    """
+    from huggingface_hub import constants
+
+    careful = {"trust_remote_code": False, **options}
+    elsewhere = isinstance(name, str) and not Path(name).exists()
+    if elsewhere and (constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)):
+        careful["local_files_only"] = True
+    return careful
 
 
 # In a thread of its own: nothing else bounds how long a name is looked up. Any answer is one but a proxy's or a
