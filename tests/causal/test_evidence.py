@@ -786,11 +786,14 @@ def test_given_text_restarts_towards_the_prior_also_where_a_target_is_known():
 
 
 def test_a_rule_is_read_back_and_an_older_one_is_what_it_was():
-    for rule in (Rule(), Rule(prior=0.2, restarts=(0.1,), floor=0.3, choice=False, hold=5, grace=3)):
+    for rule in (
+        Rule(),
+        Rule(prior=0.2, restarts=(0.1,), floor=0.3, choice=False, hold=5, grace=3, stay=1.5),
+    ):
         assert Rule.of(rule.described()) == rule
     # Written before there was a choice of the gates, and when who slept fell asleep at once.
     older = {"prior": 0.9, "restarts": [0.0, 0.1], "floor": 0.0}
-    assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0)
+    assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0, stay=1.0)
 
 
 def test_a_rule_out_of_range_is_refused():
@@ -803,6 +806,9 @@ def test_a_rule_out_of_range_is_refused():
     for name in ("hold", "grace"):
         with pytest.raises(ConfigError, match=f"{name}=-1"):
             Rule(**{name: -1})
+    for stay in (0.9, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="stay"):
+            Rule(stay=stay)
     for floor in (-0.1, 1.0, math.nan):
         with pytest.raises(ConfigError, match="floor"):
             Rule(floor=floor)

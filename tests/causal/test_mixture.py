@@ -24,7 +24,7 @@ from tether.delta.gate import Gate
 from tether.errors import CheckpointError, ConfigError
 
 H = 32
-RULE = Rule(prior=0.6, restarts=(0.0, 0.02, 0.2), floor=0.05, hold=1, grace=2)
+RULE = Rule(prior=0.6, restarts=(0.0, 0.02, 0.2), floor=0.05, hold=1, grace=2, stay=1.1)
 NATIVE = ("symmetric", "linear", "geodesic")
 SHUT = -1.0
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 257}
@@ -89,17 +89,21 @@ def scored_alone(model, weighted, ids, **options):
 def gates_alone(model, weighted, ids, gated, rule=RULE, given=None):
     """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T).
 
-    From the position `given` on the model wrote: who would be awake at the next given token stays, and nobody wakes.
+    A gate stays open as far as one with a limit `stay` times as far would be. From the position `given` on the model wrote: who would be awake at the next given token stays, and nobody wakes.
     """
     hold = rule.hold
     found = [torch.ones_like(ids, dtype=torch.bool)]
     for delta in weighted:
-        with torch.no_grad():
-            gate = (
-                fuse(model, {delta: 1.0}, by="sum", gated=True)(input_ids=ids).gates[0].bool()
-                if gated
-                else found[0]
-            )
+        gate = found[0]
+        if gated:
+            far = delta.gate._replace(threshold=rule.stay * delta.gate.threshold)
+            with torch.no_grad():
+                gate, stays = (
+                    fuse(model, {each: 1.0}, by="sum", gated=True)(input_ids=ids).gates[0].bool()
+                    for each in (delta, dataclasses.replace(delta, gate=far))
+                )
+            for t in range(1, ids.shape[1]):
+                gate[:, t] |= gate[:, t - 1] & stays[:, t]
         held = [gate[:, max(0, t - hold) : t + 1].any(1) | (t < rule.grace) for t in range(ids.shape[1])]
         for t in range(ids.shape[1] if given is None or not gated else given, ids.shape[1]):
             held[t] = gate[:, max(0, given - hold) : given].any(1)

@@ -27,11 +27,12 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
 
 
 @settings(max_examples=400)
-@example([(False, True, 1, False)] * 3, 1, 1, 0, 0)
-@example([(False, True, 1, False)] * 9, 2, 5, 7, 3)
+@example([(False, True, 1, False, False, True)] * 3, 1, 1, 0, 0)
+@example([(False, True, 1, False, True, True)] * 9, 2, 5, 7, 3)
+@example([(True, True, 1, False, False, False)] + [(False, False, 1, False, True, False)] * 8, 2, 5, None, 0)
 @given(
     st.lists(
-        st.tuples(st.booleans(), st.booleans(), st.integers(0, 6), st.booleans()), min_size=1, max_size=30
+        st.tuples(*[st.booleans()] * 2, st.integers(0, 6), *[st.booleans()] * 3), min_size=1, max_size=30
     ),
     st.integers(0, 7),
     st.integers(0, 29),
@@ -39,10 +40,12 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
     st.integers(0, 4),
 )
 def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written, grace):
-    """Against a loop; a text begins where the third number is 0, the fourth is padding, and cuts do not matter."""
-    mask = [not (pad and at) for at, (*_, pad) in enumerate(text)]
+    """Against a loop; a text begins where the third number is 0, the fourth is padding, the last two say whose gates
+    stay open, and cuts do not matter.
+    """
+    mask = [not (row[3] and at) for at, row in enumerate(text)]
     expected, places, place, now = [], [], -1, [NEVER, NEVER]
-    for at, (one, two, fresh, _) in enumerate(text):
+    for at, (one, two, fresh, _, *stay) in enumerate(text):
         if mask[at]:
             place = 0 if fresh == 0 or at == 0 else place + 1
             if place == 0:
@@ -51,7 +54,8 @@ def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written, grac
                 now = [0 if known < hold else NEVER for known in now]
             else:
                 now = [
-                    0 if gate else min(known + 1, NEVER) for gate, known in zip((one, two), now, strict=True)
+                    0 if gate or (hold and stays and known == 0) else min(known + 1, NEVER)
+                    for gate, stays, known in zip((one, two), stay, now, strict=True)
                 ]
                 if place < grace:
                     now = [min(known, hold) for known in now]
@@ -59,14 +63,18 @@ def test_tokens_since_a_gate_was_open_in_its_text(text, hold, cut, written, grac
         places.append(max(place, 0))
     opened = torch.tensor([[pair[:2] for pair in text]]) & torch.tensor([mask]).unsqueeze(-1)
     whole = opened, torch.tensor([mask]), torch.tensor([places])
+    staying = torch.tensor([[row[4:] for row in text]])
     seen = torch.tensor([mask])[0]
-    found = since_open(*whole, hold=hold, grace=grace, written=written)
+    found = since_open(*whole, staying=staying, hold=hold, grace=grace, written=written)
     assert torch.equal(found[0][seen], torch.tensor(expected)[seen].int())
     cut = min(cut, len(text) - 1)
-    first = since_open(*(part[:, :cut] for part in whole), hold=hold, grace=grace, written=written)
+    first = since_open(
+        *(part[:, :cut] for part in whole), staying=staying[:, :cut], hold=hold, grace=grace, written=written
+    )
     rest = since_open(
         *(part[:, cut:] for part in whole),
         first,
+        staying=staying[:, cut:],
         hold=hold,
         grace=grace,
         written=None if written is None else written - cut,

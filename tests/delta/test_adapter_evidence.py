@@ -29,7 +29,7 @@ from tether.errors import ConfigError
 from tether.store.documents import write_documents
 
 WINDOW = 3
-RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2, grace=0)
+RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2, grace=0, stay=1.0)
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "pad_token_id": 257}
 
 

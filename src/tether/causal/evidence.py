@@ -50,6 +50,8 @@ class Rule:
         choice: whether the gates' choice is an expert, where gates tell several domains apart.
         hold: tokens for which a domain stays awake after its gate has closed, >= 0.
         grace: tokens at the beginning of a text at which every domain is awake, >= 0.
+        stay: an open gate closes only where the squared distance is beyond so many times what opens it, >= 1; of use
+            with a hold.
     """
 
     prior: float = 0.9
@@ -58,6 +60,7 @@ class Rule:
     choice: bool = True
     hold: int = 32
     grace: int = 8
+    stay: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -69,6 +72,8 @@ class Rule:
         for name in ("hold", "grace"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a number of tokens, 0 or more")
+        if not 1 <= self.stay < math.inf:
+            raise ConfigError(f"stay={self.stay}: expected a finite multiple of what opens a gate, 1 or more")
 
     def described(self) -> dict[str, Any]:
         """Write the rule into a description.
@@ -84,7 +89,7 @@ class Rule:
 
         Args:
             description: `CausalQwenConfig.fusion` of a fusion by evidence, or the like; one that says nothing of
-                choice, hold or grace was written before there were any, and is served without.
+                choice, hold, grace or stay was written before there were any, and is served without.
 
         Returns:
             The rule.
@@ -96,6 +101,7 @@ class Rule:
             choice=bool(description.get("choice", False)),
             hold=int(description.get("hold", 0)),
             grace=int(description.get("grace", 0)),
+            stay=float(description.get("stay", 1.0)),
         )
 
 

@@ -110,7 +110,7 @@ class Mixture(Fusion):
 
     def look(
         self, states: Tensor, mask: Tensor, places: Tensor, before: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Look at contexts through the gates.
 
         Args:
@@ -120,22 +120,29 @@ class Mixture(Fusion):
             before: states of the positions before, shape (B, P, H), of which `reach` are of use.
 
         Returns:
-            Whose gates are open, shape (B, T, N), bool, and the log density that each gives to the context, shape
-            (B, T, N), float32; all are open, at no density, where nobody sleeps.
+            Whose gates open, and whose stay open if they are, shape (B, T, N) each, bool; and the log density that each
+            gives to the context, shape (B, T, N), float32. All are open, at no density, where nobody sleeps.
         """
         if not self.gated:
             opened = mask.unsqueeze(-1).expand(*mask.shape, len(self.domains))
-            return opened, opened.new_zeros(opened.shape, dtype=torch.float32)
+            return opened, opened, opened.new_zeros(opened.shape, dtype=torch.float32)
         width = self.hidden_size
         earlier = None if before is None else before[..., :width].to(states)
         mean = recent_mean(states[..., :width], places, self.window, earlier)
         count = (places + 1).clamp(max=self.window).float() * mask
         whitening, precision = self.gate_whitening.float(), self.gate_precision.float()
         distance = gate_distance(mean, count, self.window, self.gate_center.float(), whitening, precision)
-        opened = gate_open(distance, count, self.gate_threshold.float()).movedim(0, -1).bool()
+        opened, staying = (
+            gate_open(distance, count, far * self.gate_threshold.float()).movedim(0, -1).bool()
+            for far in (1.0, self.rule.stay)
+        )
         if not self.chooses:
-            return opened, opened.new_zeros(opened.shape, dtype=torch.float32)
-        return opened, gate_density(distance, count, self.window, whitening, precision).movedim(0, -1)
+            return opened, staying, opened.new_zeros(opened.shape, dtype=torch.float32)
+        return (
+            opened,
+            staying,
+            gate_density(distance, count, self.window, whitening, precision).movedim(0, -1),
+        )
 
     def awake(self, since: Tensor, mask: Tensor) -> Tensor:
         """Tell which domains take part: those whose gate is open, or was a short while ago in the same text.

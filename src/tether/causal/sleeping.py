@@ -49,6 +49,7 @@ def since_open(
     places: Tensor,
     before: Tensor | None = None,
     *,
+    staying: Tensor | None = None,
     hold: int = 0,
     grace: int = 0,
     written: int | None = None,
@@ -56,17 +57,19 @@ def since_open(
     """Count the tokens since each gate was open in the same text.
 
     A gate that closes for a few tokens in the middle of its domain would put the expert to sleep that has just earned
-    its weight (docs/log.md); so who is awake is decided by this count. At the beginning of a text gates cannot tell,
+    its weight (docs/log.md); so an open gate closes later than it opens, and who is awake is decided by this count. At the beginning of a text gates cannot tell,
     while the first tokens often can; so there everybody counts as awake. On text that the model writes itself it is
     decided by the given text before it: who would be awake at the next token of it stays so, and nobody else wakes.
     Gates judge text that came. On what the model writes they would hand a domain's text to the base little by little,
     and lead text that nobody asked a domain for away from the base.
 
     Args:
-        opened: which gates are open, shape (B, T, N), bool.
+        opened: which gates open, shape (B, T, N), bool.
         mask: which positions carry a token, shape (B, T), bool; others are not counted.
         places: place of each token in its text, from 0, shape (B, T).
         before: what this returned for the positions before, of which the last is of use, shape (B, P, N).
+        staying: which gates stay open where they were open at the token before, shape (B, T, N), bool; None lets each
+            close where it does not open. Of use with a hold.
         hold: for how many tokens more a gate counts as open, >= 0; with 0 nothing is different in written text.
         grace: for how many tokens of a text everybody counts as awake for the last time, >= 0.
         written: first position here that the model wrote itself, <= 0 where it was before; None where all are given.
@@ -77,16 +80,23 @@ def since_open(
     count = mask.int().cumsum(1)
     at = count.unsqueeze(-1)
     last = torch.where(opened, at, -NEVER).cummax(1).values
-    if before is not None and before.shape[1]:
-        last = torch.maximum(last, -before[:, -1:].to(last))
+    before = None if before is None or not before.shape[1] else before[:, -1:].to(last)
+    if before is not None:
+        last = torch.maximum(last, -before)
     start = torch.where((places == 0) & mask, count, 1 - NEVER).cummax(1).values.unsqueeze(-1)
+    if hold and staying is not None:
+        closed = torch.where(mask.unsqueeze(-1) & ~staying & ~opened, at, -NEVER).cummax(1).values
+        if before is not None:
+            closed = torch.where(before > 0, closed.clamp(min=0), closed)
+        still = (last > closed) & (last >= start)
+        last = torch.maximum(last, torch.where(still, at, -NEVER).cummax(1).values)
     since = torch.where(last >= start, at - last, NEVER)
     since = torch.where((places < grace).unsqueeze(-1), since.clamp(max=hold), since)
     if hold and written is not None and written < since.shape[1]:
         first = max(written, 0)
         held, at_held = (before, 0) if first == 0 else (since[:, :first], at[:, first - 1 : first])
         since[:, first:] = NEVER
-        if held is not None and held.shape[1]:
+        if held is not None:
             counted = torch.where(held[:, -1:] < hold, at_held, -NEVER)
             since[:, first:] = torch.where(counted >= start[:, first:], 0, NEVER)
     return since.clamp(max=hold + 1).int()

@@ -79,13 +79,14 @@ class Walk:
         first = int(self.scored.any(0).int().argmax()) if bool(self.scored.any()) else length
         self.begin_at = min(kept, max(first - 1, 0) if first < length else length)
         before = self.held["features"][:, -mixture.reach :] if self.held else None
-        opened, self.density = mixture.look(reading.features, reading.mask, reading.places, before)
+        opened, staying, self.density = mixture.look(reading.features, reading.mask, reading.places, before)
         self.written = None if reading.written is None else max(reading.written - self.past, 0)
         self.since = since_open(
             opened,
             reading.mask,
             reading.places,
             self.held.get("since"),
+            staying=staying,
             hold=mixture.hold,
             grace=mixture.rule.grace,
             written=self.written,
