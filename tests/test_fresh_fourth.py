@@ -32,7 +32,7 @@ def test_comments_before_the_code_go_in_every_language(tmp_path: Path) -> None:
 
 def test_manual_pages_keep_their_macros(tmp_path: Path) -> None:
     path = tmp_path / "a.2.gz"
-    path.write_bytes(gzip.compress(b".\\\" head\n.TH a 2\n.\\\"\n.SH NAME\na \\- b\n"))
+    path.write_bytes(gzip.compress(b'.\\" head\n.TH a 2\n.\\"\n.SH NAME\na \\- b\n'))
     assert list(fresh_fourth._manual_page(path)) == [".TH a 2\n.SH NAME\na \\- b\n"]
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 import oracles
 import tiny
 from tether.cauchy.charts import CHARTS, fuse
+from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.fused import Fusion
-from tether.causal.leash import check_leash, leash_law, shrink
+from tether.causal.leash import check_leash, leash_law, no_step, shrink
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.score_leash import leash_scores, location_path, pull_scores
 from tether.delta.delta import Delta
@@ -130,6 +131,66 @@ def test_what_is_no_number_is_served_as_the_base():
         assert bool((law.factor[:4] == 0).all())
         assert float(served_drift(loc, log_scale, law.loc, law.log_scale).max()) <= 0.5
         assert float(law.factor[5]) == 1
+
+
+@pytest.mark.parametrize("chart", CHARTS)
+@pytest.mark.parametrize("part", ["loc", "log_scale"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_where_the_base_is_not_finite_it_is_served_bit_for_bit(chart, part, broken):
+    loc, log_scale = torch.tensor([1.0, -2.0]).repeat(3, 1), torch.zeros(3, 2)
+    {"loc": loc, "log_scale": log_scale}[part][1, 0] = broken
+    x, y = torch.full((3, 2), 0.1), torch.full((3, 2), 0.2)
+    y[2] = 50.0
+    law = leash_law(loc, log_scale, x, y, 0.5, chart)
+    assert law.factor[:2].tolist() == [1, 0]
+    assert_close(law.loc[1], loc[1], rtol=0, atol=0, equal_nan=True)
+    assert_close(law.log_scale[1], log_scale[1], rtol=0, atol=0, equal_nan=True)
+    # The contexts beside it are served as they are without it.
+    others = torch.tensor([0, 2])
+    alone = leash_law(loc[others], log_scale[others], x[others], y[others], 0.5, chart)
+    for one, other in zip(alone, law, strict=True):
+        assert torch.equal(one, other[others])
+    assert 0 < float(law.factor[2]) < 1
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_where_scores_of_the_base_are_not_finite_they_are_served_bit_for_bit(broken, generator):
+    base = torch.randn(3, 5, generator=generator)
+    moved = base + torch.tensor([[0.01], [0.01], [1.0]]) * torch.randn(3, 5, generator=generator)
+    base[1, 2] = broken
+    factor, served = pull_scores(base, moved, 0.05)
+    assert factor[:2].tolist() == [1, 0]
+    assert_close(served[1], base[1], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(served[0], moved[0])
+    assert 0 < float(factor[2]) < 1
+    assert float(softmax_kl(base[2:], served[2:])) <= 0.05
+
+
+@pytest.mark.parametrize("metric", ["latent", "softmax"])
+def test_a_model_whose_base_overflows_at_a_token_is_its_base_there(metric):
+    base = CausalQwenForCausalLM.from_backbone(tiny.backbone("qwen2"))
+    with torch.no_grad():
+        base.get_input_embeddings().weight[9] = math.inf
+    renew_fingerprint(base)
+    fused = leashed(base, leash=(0.2, metric))
+    ids = torch.tensor([[5, 9, 6], [5, 7, 6]])
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            before, after = base(input_ids=ids), fused(input_ids=ids)
+        lost = ~before.logits.isfinite().all(-1)
+        assert lost.tolist() == [[True] * 3, [False] * 3]
+        assert_close(after.logits[lost], before.logits[lost], rtol=0, atol=0, equal_nan=True)
+        assert_close(after.latent_loc[lost], before.latent_loc[lost], rtol=0, atol=0, equal_nan=True)
+    drift = divergences(base, fused, input_ids=ids[1:])[metric]
+    assert 0 < float(drift.max()) <= 0.2 * (1 + 1e-5)
+
+
+def test_gradients_of_zeros_that_are_added():
+    values = torch.tensor([1.0, math.inf, math.nan], requires_grad=True)
+    added = no_step(2 * values)
+    assert added.tolist() == [0, 0, 0]
+    (gradient,) = torch.autograd.grad(added.sum(), values)
+    assert gradient[0] == 2
 
 
 def test_contexts_at_the_very_limit():

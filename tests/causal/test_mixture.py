@@ -89,7 +89,8 @@ def scored_alone(model, weighted, ids, **options):
 def gates_alone(model, weighted, ids, gated, rule=RULE, given=None):
     """Where each expert is awake, by the gates of a sum that were open a moment ago; shape (K, B, T).
 
-    A gate stays open as far as one with a limit `stay` times as far would be. From the position `given` on the model wrote: who would be awake at the next given token stays, and nobody wakes.
+    A gate stays open as far as one with a limit `stay` times as far would be. From the position `given` on the model
+    wrote: who would be awake at the next given token stays, and nobody wakes.
     """
     hold = rule.hold
     found = [torch.ones_like(ids, dtype=torch.bool)]

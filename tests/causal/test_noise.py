@@ -78,6 +78,23 @@ def test_shared_noise_is_one_draw():
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.parametrize("common", [0.2, 0.7])
+def test_what_a_text_has_in_common_is_one_draw_beside_each_positions_own(common):
+    places = torch.arange(40).expand(300, -1)
+    own, mixed = (Noise.draw(300, 6, seed=3, common=part).at(places).double() for part in (0.0, common))
+    laws = scipy.stats.kstest(mixed[:, 0].flatten().numpy(), "uniform")
+    assert laws.pvalue > 1e-3
+    cauchy = [torch.tan(torch.pi * (part - 0.5)) for part in (own, mixed)]
+    text = (cauchy[1] - (1 - common) * cauchy[0]) / common
+    # One number for all positions of a dimension of an individual, up to float32.
+    middle = text.median(1, keepdim=True).values
+    size = cauchy[0].abs() + cauchy[1].abs() + middle.abs() + 1
+    assert bool(((text - middle).abs() < 1e-3 * size * (1 + cauchy[1].abs())).all())
+    assert scipy.stats.kstest(middle.flatten().numpy(), "cauchy").pvalue > 1e-3
+    noise = Noise.draw(2, 6, seed=3, common=common)
+    assert torch.equal(noise.at(places[:2])[:, 7:9], noise.at(places[:2, 7:9]))
+
+
 def test_numbers_end_where_float32_ends():
     class Extreme(Noise):
         def _block(self, seed, first, count):
@@ -121,6 +138,7 @@ def test_abducted_noise_keeps_its_precision():
 KINDS = {
     "drawn": lambda: Noise.draw(3, 5, seed=8),
     "shared": lambda: Noise.draw(3, 5, shared=True, seed=2**62),
+    "in common": lambda: Noise.draw(3, 5, common=0.3, seed=8),
     "picked": lambda: Noise.draw(3, 5, seed=8).rows([2, 0, 2]),
     "known": lambda: Noise.of(torch.rand(3, 2, 5)),
     "known and shared": lambda: Noise.of(torch.rand(3, 5, dtype=torch.float64)),
@@ -228,6 +246,9 @@ def test_given_speakers_come_first_and_the_rest_is_drawn(generator):
 
 BAD = {
     "negative seed": (lambda: Noise.draw(2, 3, seed=-1), ConfigError, "seed=-1"),
+    "all in common": (lambda: Noise.draw(2, 3, common=1.0), ConfigError, "common=1.0"),
+    "less than nothing in common": (lambda: Noise.draw(2, 3, common=-0.1), ConfigError, "common=-0.1"),
+    "in common twice": (lambda: Noise.draw(2, 3, common=0.1, shared=True), ConfigError, "none beside it"),
     "large seed": (lambda: Noise.draw(2, 3, seed=2**63), ConfigError, "seed=9223372036854775808"),
     "nobody": (lambda: Noise.draw(0, 3, seed=1), ConfigError, "batch=0"),
     "no dimension": (lambda: Noise.draw(2, 0, seed=1), ShapeError, "size >= 1"),

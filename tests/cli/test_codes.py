@@ -14,7 +14,7 @@ import tiny
 from tether.cli.codes import run
 from tether.cli.output import emit, plain
 from tether.cli.progress import reporter
-from tether.errors import CertificateError
+from tether.errors import CertificateError, CheckpointError
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
 
@@ -39,6 +39,13 @@ def allocating():
     torch.empty(2**60)
 
 
+def without_memory():
+    try:
+        raise MemoryError
+    except MemoryError as error:
+        raise CheckpointError("base: could not load") from error
+
+
 def asking():
     input("a question")
 
@@ -59,6 +66,15 @@ ENDS = {
         2,
         "take fewer tokens",
     ),
+    "memory for a library": (
+        raising(ImportError("libtorch_cpu.so: failed to map segment from shared object")),
+        2,
+        "out of memory (libtorch_cpu.so",
+    ),
+    "memory for a thread": (raising(RuntimeError("can't start new thread")), 2, "out of memory"),
+    "memory of the system": (raising(OSError(12, "Cannot allocate memory")), 2, "out of memory"),
+    "memory behind an error of tether": (without_memory, 2, "out of memory (no memory is left)"),
+    "words of a file": (raising(CheckpointError("field 'out of memory'")), 2, "tether: field 'out of"),
     "a question": (asking, 2, "tether asks none"),
     "Ctrl-C": (raising(KeyboardInterrupt()), 130, "start the same command again"),
     "a library leaves": (raising(SystemExit(1)), 3, "Please report"),
@@ -156,3 +172,25 @@ def test_code_that_a_checkpoint_brings_is_not_run_and_nobody_is_asked(tether, tm
     assert "[y/N]" not in out + err
     assert sys.stdin.read() == "y\ny\ny\n"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a limit of memory is another call")
+@pytest.mark.parametrize("megabytes", [400, 600, 700, 800, 1000])
+def test_where_memory_is_really_short_it_is_said_and_nothing_is_left(tmp_path, megabytes):
+    import resource
+
+    tiny.backbone().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+    command = [sys.executable, "-m", "tether.cli.app", "convert", "base", "--out", "model"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    if done.returncode:
+        assert done.returncode == 2, done.stderr
+        assert "tether: out of memory (" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "model"}
+    assert done.returncode == 0 or not (tmp_path / "model").exists()

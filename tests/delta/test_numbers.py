@@ -145,6 +145,6 @@ def test_a_certificate_holds_with_numbers_that_the_model_wrote(numeric, delta, t
         if t >= 32 and token == numeric.config.num_token_id
     )
     # Little enough to change no draw after it.
-    written["values"][row][place] += 0.03 * (1 + abs(written["values"][row][place]))
+    written["values"][row][place] += 0.012 * (1 + abs(written["values"][row][place]))
     path.write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
     assert verify(path) == ["digits.continuations: 1 tokens are not what the model writes"]

@@ -93,9 +93,14 @@ def test_what_is_neither_a_folder_nor_known_is_named_when_offline(monkeypatch, t
 def test_transformers_own_way_to_load_does_not_wait_for_the_network_either(online, monkeypatch, silent):
     monkeypatch.setattr(constants, "ENDPOINT", silent)
     began = time.monotonic()
-    with pytest.raises(OSError, match="find them in the cached files"):
+    with pytest.raises(CheckpointError, match="gave no answer in 3 seconds"):
         CausalQwenForCausalLM.from_pretrained("owner/name")
     assert time.monotonic() - began < 5
+    snapshot = online / "models--owner--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "tag").write_text("1")
+    assert unasked("owner/name", {"revision": "tag"})["local_files_only"]
 
 
 def test_a_merge_of_a_hub_id_does_not_wait_for_the_network_either(online, monkeypatch, silent):

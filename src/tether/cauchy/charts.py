@@ -34,9 +34,12 @@ from torch import Tensor
 from tether.cauchy.divergence import distance, distance_of_drift, drift
 from tether.errors import ConfigError, ShapeError
 
-__all__ = ["CHARTS", "from_chart", "fuse", "to_chart"]
+__all__ = ["CHARTS", "NATIVE", "from_chart", "fuse", "read_move", "to_chart"]
 
 CHARTS = ("linear", "symmetric", "geodesic", "rootkl")
+"""Coordinates in which deltas can be added."""
+NATIVE = (*CHARTS, "matrix")
+"""What the two heads of a delta can give: coordinates of a chart, or changes of the base's two heads themselves."""
 
 
 def to_chart(
@@ -136,6 +139,41 @@ def from_chart(
         at_origin = 2
     x, y = _walk(first_away / length, second / length, rho)
     return torch.where(at_base, at_origin * first, x), torch.where(at_base, at_origin * second, y)
+
+
+def read_move(
+    first: Float[Tensor, "*batch"],
+    second: Float[Tensor, "*batch"],
+    native: str,
+    log_scale: Float[Tensor, "*#batch"] | None,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Turn what the heads of a delta give in a context into its move.
+
+    In ``matrix`` the heads are matrices that are added to the base's own: to that of the log scale and to that of the
+    location, so the second is in units of the location, whatever the scale. Added in chart ``linear`` such deltas are
+    one model whose two matrices are ``W_base + sum_k weight_k delta_k``, with any base. A delta of ``linear`` is that
+    too where the base's scale is the same in every context, with its second matrix times that scale; where the scale
+    depends on the context no matrix is.
+
+    Args:
+        first: what the first head gives.
+        second: what the second head gives.
+        native: one of ``NATIVE``.
+        log_scale: base log scale of U in that context; only read in ``matrix``.
+
+    Returns:
+        ``x`` and ``y``: change of the log scale, and of the location over the scale of the base.
+
+    Raises:
+        ConfigError: unknown chart, or no scale where it is read.
+    """
+    if native != "matrix":
+        return from_chart(first, second, native)
+    if log_scale is None:
+        raise ConfigError(
+            "chart 'matrix' without the base's scale: expected the log scale of U in each context"
+        )
+    return first, second * torch.exp(-log_scale)
 
 
 def fuse(

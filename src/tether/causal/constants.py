@@ -42,11 +42,10 @@ def read_constants(given: Iterable[str], known: Iterable[str] = CONSTANTS) -> di
         if not equals or name not in names or name in found:
             raise ConfigError(f"{one!r}: expected NAME=VALUE, each name once, of {', '.join(names)}")
         found[name] = value
-    schema = create_model(
-        "Constants", __config__=ConfigDict(extra="forbid"), **{name: (hints[name], ...) for name in found}
-    )
+    fields: dict[str, Any] = {name: (hints[name], ...) for name in found}
+    schema = create_model("Constants", __config__=ConfigDict(extra="forbid"), **fields)
     try:
-        return schema.model_validate(found).model_dump()
+        return dict(schema.model_validate(found).model_dump())
     except ValidationError as error:
         wrong = "; ".join(f"{item['loc'][0]}={item['input']}: {item['msg']}" for item in error.errors())
         raise ConfigError(wrong) from error

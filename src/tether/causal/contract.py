@@ -34,15 +34,16 @@ class TransformersContract:
         Args:
             pretrained_model_name_or_path: folder or hub id, of a converted or fused checkpoint or of a plain causal LM.
             args: as in transformers.
-            options: as in transformers, but that `trust_remote_code` is False unless it is given; where a plain model is wrapped also `preset` and its overrides, see
-                `CausalQwenForCausalLM.from_backbone`.
+            options: as in transformers, but that `trust_remote_code` is False unless it is given; where a plain model
+                is wrapped also `preset` and its overrides, see `CausalQwenForCausalLM.from_backbone`.
 
         Returns:
             The model in evaluation mode, or what transformers returns with the options given.
 
         Raises:
             ConfigError: a plain model that cannot be wrapped exactly, or options of wrapping for one that is wrapped.
-        """  # noqa: DOC502 - some are raised by from_backbone
+            CheckpointError: a hub id that was not fetched before, where the hub does not answer.
+        """  # noqa: DOC502 - raised by what it calls
         options = unasked(pretrained_model_name_or_path, options)
         wrapping = {option: options.pop(option) for option in ("preset", *CONSTANTS) if option in options}
         if _is_plain(pretrained_model_name_or_path, options):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.cauchy.charts import CHARTS, from_chart
+from tether.cauchy.charts import CHARTS, NATIVE, read_move
 from tether.causal.gates import GATES, gate_density, gate_distance, gate_open, gate_softmax, window_mean
 from tether.causal.leash import check_leash
 from tether.causal.summed import Sum
@@ -59,9 +59,9 @@ class Fusion(nn.Module):
         self.domains: list[str] = list(description["domains"])
         self.native: list[str] = list(description["native"])
         weights = [float(weight) for weight in description["weights"]]
-        for chart in [self.chart, *self.native]:
-            if chart not in CHARTS:
-                raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
+        for charts, known in (([self.chart], CHARTS), (self.native, NATIVE)):
+            if unknown := [chart for chart in charts if chart not in known]:
+                raise ConfigError(f"chart={unknown[0]!r}: expected one of {', '.join(known)}")
         if not len(self.domains) == len(self.native) == len(weights) > 0:
             raise ConfigError(
                 f"{len(self.domains)} domains, {len(self.native)} charts, {len(weights)} weights: expected one "
@@ -102,12 +102,13 @@ class Fusion(nn.Module):
         """How the deltas are added, as the fusion is served."""
         return Sum(weights=self.weights, chart=self.chart, leash=self.leash)
 
-    def deltas(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def deltas(self, hidden_states: Tensor, log_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evaluate every delta alone, with weight 1 and its gate open.
 
         Args:
             hidden_states: z, shape (..., H), followed by the states of `layers`, shape (..., H (1 + L)), where
                 deltas read them; see `tether.causal.features`.
+            log_scale: base log scale of U there, shape (..., C); only read where a delta is of chart `matrix`.
 
         Returns:
             x and y, shape (N, ..., C) each, float32.
@@ -118,7 +119,8 @@ class Fusion(nn.Module):
             first = torch.zeros_like(second)
         else:
             first = torch.einsum("nch,...h->n...c", self.first.float(), features)
-        pairs = [from_chart(a, b, chart) for a, b, chart in zip(first, second, self.native, strict=True)]
+        each = zip(first, second, self.native, strict=True)
+        pairs = [read_move(a, b, native, log_scale) for a, b, native in each]
         return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
 
     def gates(
@@ -204,7 +206,7 @@ class Fusion(nn.Module):
             The moved law at the kept positions. Where every gate is closed it is the base's bit for bit.
         """
         gates, state = self.gates(hidden_states, mask, state)
-        x, y = self.deltas(hidden_states[:, kept])
         base = loc[:, kept], log_scale[:, kept]
+        x, y = self.deltas(hidden_states[:, kept], base[1])
         law = self.sum.law(*base, x, y, gates[:, :, kept], head, keep_scores=keep_scores)
         return FusedLatent(law.loc, law.log_scale, law.factor, law.scores, gates, state)

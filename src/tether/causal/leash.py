@@ -32,7 +32,7 @@ from tether.cauchy.charts import from_chart, to_chart
 from tether.cauchy.divergence import drift
 from tether.errors import ConfigError
 
-__all__ = ["METRICS", "Law", "check_leash", "largest_factor", "leash_law", "shrink"]
+__all__ = ["METRICS", "Law", "check_leash", "largest_factor", "leash_law", "no_step", "shrink"]
 
 METRICS = ("latent", "softmax")
 
@@ -154,7 +154,7 @@ def leash_law(
         chart: the chart the deltas were added in.
 
     Returns:
-        The law served. Where the move is not a number, or no shorter one can be told from the base in
+        The law served. Where the move or the base is not finite, or no shorter move can be told from the base in
         float32, it is the base's bit for bit.
     """
     scale = log_scale.exp()
@@ -168,10 +168,22 @@ def leash_law(
         base = loc[over], log_scale[over]
         rows = _pull(*base, moved_loc[over], moved_log_scale[over], x[over], y[over], nats, chart)
     # Pulled contexts follow the base's law: what they were pulled by is a constant to the gradient.
-    served_loc = moved_loc.index_put((over,), rows.loc + (base[0] - base[0].detach()))
-    served_log_scale = moved_log_scale.index_put((over,), rows.log_scale + (base[1] - base[1].detach()))
+    served_loc = moved_loc.index_put((over,), rows.loc + no_step(base[0]))
+    served_log_scale = moved_log_scale.index_put((over,), rows.log_scale + no_step(base[1]))
     factor[over] = rows.factor
     return Law(served_loc, served_log_scale, factor)
+
+
+def no_step(values: Tensor) -> Tensor:
+    """Give zeros that have the gradient of values, to be added to what is served in their place.
+
+    Args:
+        values: any tensor; what is not finite in it has no gradient, and leaves what it is added to as it is.
+
+    Returns:
+        Zeros of the same shape.
+    """
+    return torch.where(values.isfinite(), values - values.detach(), 0)
 
 
 def _pull(

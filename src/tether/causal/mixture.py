@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.cauchy.charts import from_chart
+from tether.cauchy.charts import read_move
 from tether.causal import evidence
 from tether.causal.choice import choice, choice_gain, spread
 from tether.causal.evidence import Rule
@@ -216,7 +216,8 @@ class Mixture(Fusion):
             if self.location_only
             else features.float() @ self.first[domain].float().T
         )
-        pairs = [from_chart(s * first, s * second, self.native[domain]) for s in self.strengths[domain]]
+        native = self.native[domain]
+        pairs = [read_move(s * first, s * second, native, log_scale) for s in self.strengths[domain]]
         return (
             torch.stack([loc + log_scale.exp() * y for _, y in pairs]),
             torch.stack([log_scale + x for x, _ in pairs]),

@@ -76,6 +76,7 @@ class _About(Strict):
 
     size: int = Field(ge=1, le=LARGEST)
     shared: bool
+    common: float = Field(default=0.0, ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,13 +91,16 @@ class Noise:
         seeds: one for each individual, shape (B,), int64, >= 0.
         size: dimensions C of U.
         shared: one draw for all positions (spec document 5, section 3.4) instead of one each.
+        common: the individual's part of each position's draw, in [0, 1): the standard Cauchy variable of a position is
+            (1 - common) times one of its own plus common times one of the whole text, and by stability standard Cauchy
+            again. What one draw for everything does to a text, and why this is there: docs/shared-noise.md.
         known: noise that is given instead of drawn, for example abducted, shape (B, P, C) for the first P
             positions, or (B, 1, C) for all of them when shared; None draws everything.
         known_speaker: the uniform number that decides which expert of a fusion by evidence speaks, given instead
             of drawn, shape (B, P), or (B, 1) when shared.
 
     Raises:
-        ConfigError: negative seeds, or known noise outside the open interval (0, 1).
+        ConfigError: negative seeds, known noise outside the open interval (0, 1), or a part outside [0, 1).
         ShapeError: shapes that do not fit together, or seeds that are no whole numbers.
 
     Example:
@@ -109,6 +113,7 @@ class Noise:
     seeds: Tensor
     size: int
     shared: bool = False
+    common: float = 0.0
     known: Tensor | None = None
     known_speaker: Tensor | None = None
 
@@ -120,6 +125,11 @@ class Noise:
             )
         if len(self.seeds) and int(self.seeds.min()) < 0:
             raise ConfigError(f"a seed of {int(self.seeds.min())}: expected seeds >= 0")
+        if not 0 <= self.common < 1 or (self.shared and self.common):
+            raise ConfigError(
+                f"common={self.common}, shared={self.shared}: expected a part in [0, 1), and with one draw for all "
+                "positions none beside it"
+            )
         self._check_speaker()
         if self.known is None:
             return
@@ -153,6 +163,7 @@ class Noise:
         size: int,
         *,
         shared: bool = False,
+        common: float = 0.0,
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> "Noise":
@@ -162,6 +173,7 @@ class Noise:
             batch: how many, B >= 1.
             size: dimensions C of U (`model.latent_size`).
             shared: one draw for all positions of a text.
+            common: what all positions have in common instead, in [0, 1).
             seed: individual b gets the seed `seed + b`, so that a batch of one repeats the first of many.
             generator: of the seeds where `seed` is None; None takes torch's global state.
 
@@ -169,7 +181,7 @@ class Noise:
             The noise.
 
         Raises:
-            ConfigError: no individual, or a seed that is negative or does not fit into 63 bits.
+            ConfigError: no individual, a seed that is negative or does not fit into 63 bits, or a part outside [0, 1).
         """
         if batch < 1 or (seed is not None and not 0 <= seed <= 2**63 - 1 - batch):
             raise ConfigError(
@@ -179,7 +191,7 @@ class Noise:
             seeds = torch.arange(seed, seed + batch, dtype=torch.int64)
         else:
             seeds = torch.randint(2**62, (batch,), generator=generator, dtype=torch.int64)
-        return cls(seeds=seeds, size=size, shared=shared)
+        return cls(seeds=seeds, size=size, shared=shared, common=common)
 
     @classmethod
     def of(cls, values: Tensor) -> "Noise":
@@ -255,7 +267,7 @@ class Noise:
             for row, (seed, wanted) in enumerate(zip(self.seeds.tolist(), places, strict=True)):
                 first, last = int(wanted.min()), int(wanted.max())
                 block = torch.from_numpy(self._block(seed, first, last + 1 - first))
-                drawn[row] = block[wanted - first]
+                drawn[row] = self._mixed(block[wanted - first], seed)
         drawn = drawn.clamp(SMALLEST, 1 - SMALLEST).to(dtype)
         if given is not None:
             index = places.clamp(max=known - 1).unsqueeze(-1).expand(-1, -1, self.size)
@@ -307,6 +319,18 @@ class Noise:
         generator = np.random.Generator(np.random.Philox(key=seed).advance(first * steps))
         return generator.random((count, steps * 4))[:, : self.size].astype(np.float32)
 
+    # Each position's own draw with the part that the whole text has in common.
+    def _mixed(self, own: Tensor, seed: int) -> Tensor:
+        if not self.common:
+            return own
+        # A third key: a stream of its own.
+        stream = np.random.Generator(np.random.Philox(key=[seed, 2]))
+        text = torch.from_numpy(stream.random(self.size).astype(np.float32))
+        one, whole = (
+            torch.tan(math.pi * (part.double().clamp(SMALLEST, 1 - SMALLEST) - 0.5)) for part in (own, text)
+        )
+        return (0.5 + torch.atan((1 - self.common) * one + self.common * whole) / math.pi).float()
+
     def save(self, path: str | Path) -> None:
         """Write the noise as one safetensors file, whole or not at all.
 
@@ -323,6 +347,8 @@ class Noise:
         if self.known_speaker is not None:
             tensors["speaker"] = self.known_speaker.detach().contiguous()
         about = {"kind": "noise", "size": str(self.size), "shared": json.dumps(self.shared)}
+        if self.common:
+            about["common"] = json.dumps(self.common)
         with publish_file(Path(path)) as target:
             save_file(tensors, target, metadata=about)
 
@@ -360,6 +386,7 @@ class Noise:
                 seeds=reader.tensor("seeds"),
                 size=fields.size,
                 shared=fields.shared,
+                common=fields.common,
                 known=reader.tensor("known") if "known" in reader.names else None,
                 known_speaker=reader.tensor("speaker") if "speaker" in reader.names else None,
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 from tether.cauchy.functional import from_noise
 from tether.causal.acting import act
 from tether.causal.fused import FusedLatent
+from tether.causal.leash import no_step
 from tether.causal.memory import Memory
 from tether.causal.noise import Noise, truncate
 from tether.causal.objective import CausalObjective, Wanted
@@ -87,7 +88,7 @@ class CausalServing(CausalObjective):
         elif logits is not None and torch.is_grad_enabled():
             # Gradients go through the scores of the moved law; rounding may part them from those that were checked.
             moved = self._logits(mode, loc, scale, latent)
-            logits = logits.detach() + (moved - moved.detach())
+            logits = logits.detach() + no_step(moved)
         losses = (None,) * 3 if wanted is None else self._losses(mode, loc, scale, logits, wanted)
         return {
             "loss": losses[0],

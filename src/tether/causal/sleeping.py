@@ -57,11 +57,11 @@ def since_open(
     """Count the tokens since each gate was open in the same text.
 
     A gate that closes for a few tokens in the middle of its domain would put the expert to sleep that has just earned
-    its weight (docs/log.md); so an open gate closes later than it opens, and who is awake is decided by this count. At the beginning of a text gates cannot tell,
-    while the first tokens often can; so there everybody counts as awake. On text that the model writes itself it is
-    decided by the given text before it: who would be awake at the next token of it stays so, and nobody else wakes.
-    Gates judge text that came. On what the model writes they would hand a domain's text to the base little by little,
-    and lead text that nobody asked a domain for away from the base.
+    its weight (docs/log.md); so an open gate closes later than it opens, and who is awake is decided by this count. At
+    the beginning of a text gates cannot tell, while the first tokens often can; so there everybody counts as awake. On
+    text that the model writes itself it is decided by the given text before it: who would be awake at the next token of
+    it stays so, and nobody else wakes. Gates judge text that came. On what the model writes they would hand a domain's
+    text to the base little by little, and lead text that nobody asked a domain for away from the base.
 
     Args:
         opened: which gates open, shape (B, T, N), bool.

@@ -269,7 +269,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: CausalQwenForCausalLM, options: TrainOptions) -> None:
         super().__init__()
-        self.model, self.mode, self.samples = model, options.on(model).mode, options.samples
+        self.model, self.mode, self.samples = model, options.mode or model.config.mode, options.samples
 
     def forward(self, batch: dict[str, Tensor], labels: int, numbers: int) -> tuple[Tensor, Tensor]:
         """Compute the share.

@@ -29,8 +29,11 @@ INTERRUPTED = 130
 UNHEARD = 141
 """Whoever read the output has gone, as shells say it (128 + 13)."""
 
-_FULL = ("can't allocate memory", "not enough memory", "out of memory")
-"""How torch says it, as a RuntimeError, on the various devices and systems."""
+_FULL = (
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc",
+    "failed to map segment", "can't start new thread",
+)  # fmt: skip
+"""How libraries say that memory is short, as errors of other types, on the various devices and systems."""
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -53,27 +56,44 @@ def run(command: Callable[[], Any]) -> int:
             return _left(left)
         finally:
             sys.stdout.flush()
-    except IdentityError as error:
-        tell(str(error))
-        return FAILED
-    except TetherError as error:
-        tell(str(error))
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
         return UNHEARD
-    except MemoryError:
-        return _full("no memory is left")
-    except OSError as error:
+    except BaseException as error:
+        return _stopped(error)
+    return DONE
+
+
+def _stopped(error: BaseException) -> int:
+    if said := _memory_is_short(error):
+        return _full(said)
+    if isinstance(error, IdentityError):
+        tell(str(error))
+        return FAILED
+    if isinstance(error, TetherError):
+        tell(str(error))
+        return UNUSABLE
+    if isinstance(error, OSError):
         # Names too long, places that cannot be written to: what the system says is what can be said.
         tell(f"{error.filename or 'the system'}: {error.strerror or error}; choose another name or place")
-    except BaseException as error:
-        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _FULL):
-            return _full(str(error).splitlines()[0])
-        return _fault(error)
-    else:
-        return DONE
-    return UNUSABLE
+        return UNUSABLE
+    return _fault(error)
+
+
+# What it says where memory is the reason, of this error or of one that it was raised for; else nothing.
+def _memory_is_short(error: BaseException | None) -> str:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError):
+            return "no memory is left"
+        # tether's own errors tell what is in files, in whatever words.
+        told = isinstance(error, RuntimeError | ImportError | OSError) and not isinstance(error, TetherError)
+        if told and any(words in str(error).lower() for words in _FULL):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 # Typer turns what ends a command into SystemExit, and keeps what it was as the context.

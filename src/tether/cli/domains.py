@@ -62,13 +62,20 @@ def learn(
         float | None, typer.Option(help="The paper's plain lambda instead of a budget.")
     ] = None,
     chart: Annotated[
-        str, typer.Option(help="Chart of the delta: symmetric, linear, geodesic, rootkl.")
+        str, typer.Option(help="Chart of the delta: symmetric, linear, geodesic, rootkl, matrix.")
     ] = "symmetric",
     features: Annotated[
         str, typer.Option(help="What the delta reads: last, or multi (three middle layers too).")
     ] = "last",
     location_only: Annotated[
         bool, typer.Option("--location-only", help="Leave scales alone: exact to export.")
+    ] = False,
+    keep_values: Annotated[
+        bool,
+        typer.Option(
+            "--keep-values",
+            help="Leave what the model says of numbers exactly as it is (chart matrix, location only).",
+        ),
     ] = False,
     quantile: Annotated[
         float | None, typer.Option(help="Limit this quantile of the drift instead of its mean.")
@@ -107,7 +114,7 @@ def learn(
         # Options of deltas only, by the value they have when they are given.
         delta_only = {
             "penalty": penalty is not None, "chart": chart != "symmetric", "features": features != "last",
-            "location_only": location_only, "hard": hard,
+            "location_only": location_only, "hard": hard, "keep_values": keep_values,
         }  # fmt: skip
         learn_adapter(
             adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
@@ -132,8 +139,9 @@ def learn(
         raise ConfigError(f"--penalty with {given}: a penalty takes the budget's place; leave one out")
     options: dict[str, Any] = {
         "budget": BUDGET if budget is None and penalty is None else budget, "metric": metric, "penalty": penalty,
-        "chart": chart, "features": features, "location_only": location_only, "quantile": quantile, "hard": hard,
-        "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
+        "chart": "matrix" if keep_values and chart == "symmetric" else chart, "features": features,
+        "location_only": location_only or keep_values, "quantile": quantile, "hard": hard,
+        "keep_values": keep_values, "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
     }  # fmt: skip
     check_options(**options)
     check_file(out)
@@ -207,14 +215,14 @@ def fuse(
 ) -> None:
     """Combine deltas in one checkpoint that AutoModelForCausalLM loads, or change such a checkpoint."""
     quiet_libraries()
-    from tether.cauchy.charts import CHARTS
+    from tether.cauchy.charts import NATIVE
     from tether.causal.gates import GATES
     from tether.delta.adapter import is_adapter
     from tether.store.place import check_free
 
     check_free(out)
-    if chart is not None and chart not in CHARTS:
-        raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
+    if chart is not None and chart not in NATIVE:
+        raise ConfigError(f"chart={chart!r}: expected one of {', '.join(NATIVE)}")
     if gate is not None and (gate not in GATES or no_gate):
         beside = " with --no-gate" if no_gate else ""
         raise ConfigError(f"--gate {gate}{beside}: expected one of {', '.join(GATES)}, or --no-gate")

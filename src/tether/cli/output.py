@@ -62,8 +62,13 @@ def tell(text: str, style: str = "red") -> None:
         text: may come from a file.
         style: of rich.
     """
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"tether: {plain(text)}", style=style, markup=False, highlight=False)
+    line = f"tether: {plain(text)}"
+    try:
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(line, style=style, markup=False, emoji=False, highlight=False)
+    except MemoryError:
+        # rich loads parts of itself when it prints, for which there may be no room where memory is the message.
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def quiet_libraries() -> None:

@@ -30,11 +30,12 @@ class AdapterFusion(Fusion):
             super().__init__(head.loc.in_features, head.loc.out_features, description)
         self.kept: tuple[Any] = (abduction,)  # not a submodule: it is the model's
 
-    def deltas(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def deltas(self, hidden_states: Tensor, log_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Express each adapter's change of the hidden state as a move of the law of U.
 
         Args:
             hidden_states: z and each z', shape (..., H (1 + N)).
+            log_scale: not read; it is computed from z.
 
         Returns:
             x and y, shape (N, ..., C) each, float32.

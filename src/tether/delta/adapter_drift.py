@@ -21,12 +21,15 @@ class Given(Head):
 
     __slots__ = ()
 
-    def displacement(self, states: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def displacement(
+        self, states: Tensor, share: Tensor | None = None, *, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Give the move.
 
         Args:
             states: not read.
             share: not read: an adapter has no ray that its weights follow.
+            scale: not read.
 
         Returns:
             x and y, shape (n, C) each.

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from tether.cauchy.charts import CHARTS
+from tether.cauchy.charts import NATIVE
 from tether.delta.carried import STRENGTHS, check_carried
 from tether.delta.gate import Gate, gate_faults
 from tether.errors import CheckpointError
@@ -143,9 +143,9 @@ class Delta:
                 f"{path}: delta format {content['format']}, this tether reads up to {FORMAT}; update tether"
             )
         described = checked(_Described, content, path)
-        if described.chart not in CHARTS:
+        if described.chart not in NATIVE:
             raise CheckpointError(
-                f"{path}: chart {described.chart!a}, expected one of {', '.join(CHARTS)}; take another copy"
+                f"{path}: chart {described.chart!a}, expected one of {', '.join(NATIVE)}; take another copy"
             )
         check_carried(path, described.record, described.sample)
         tensors = _tensors(path, reader, len(described.layers))

@@ -147,7 +147,8 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
     active = [] if fusion is None else [k for k, weight in enumerate(fusion.weights) if weight != 0]
     if fusion is not None and active:
         reasons += _obstacles(fusion, active)
-        if bool(abduction.log_scale.weight.any()):
+        plain = [k for k in active if fusion.native[k] != "matrix"]
+        if plain and bool(abduction.log_scale.weight.any()):
             reasons.append(
                 "the base scale of U depends on the context (it was trained), so the deltas' moves are not linear in z"
             )
@@ -158,7 +159,9 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
     if fusion is not None:
         scale = abduction.log_scale.bias.detach().float().exp().double().cpu()
         for k in active:
-            moved = scale.unsqueeze(-1) * fusion.second[k].double().cpu()
+            moved = fusion.second[k].double().cpu()
+            if fusion.native[k] != "matrix":
+                moved = scale.unsqueeze(-1) * moved
             matrix += fusion.weights[k] * moved / abduction.logit_scale
     return matrix, offset
 

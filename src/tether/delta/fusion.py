@@ -1,12 +1,12 @@
 """Fuse deltas into a model that shares its base's weights, and take a fusion apart again."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from tether.cauchy.charts import CHARTS
+from tether.cauchy.charts import NATIVE
 from tether.causal.evidence import Rule
 from tether.causal.fingerprint import fingerprint
 from tether.causal.fused import Fusion
@@ -74,11 +74,9 @@ def fuse(
             (`tether.causal.fingerprint.fingerprint`), and deltas are held against what is found.
     """  # noqa: DOC502 - raised by fingerprint
     by = manner(by, rule, {"chart": chart, "gate": gate, "leash": leash})
-    chart, gate = chart or "symmetric", gate or "one-class"
+    chart, gate = _sum_chart(chart, deltas), gate or "one-class"
     if leash is not None:
         check_leash(leash, leash_metric)
-    if chart not in CHARTS:
-        raise ConfigError(f"chart={chart!r}: expected one of {', '.join(CHARTS)}")
     if not deltas:
         raise ConfigError("no deltas: expected at least one delta to fuse")
     if model.fusion is not None:
@@ -198,6 +196,20 @@ def _check_widths(model: Any, deltas: Mapping[Delta, float]) -> None:
             )
 
 
+# Deltas that are matrices are added as the source document adds them, which is chart `linear` of their moves.
+def _sum_chart(chart: str | None, deltas: Iterable[Delta]) -> str:
+    others = [f"{delta.name!r} ({delta.chart})" for delta in deltas if delta.chart != "matrix"]
+    if chart is None:
+        return "symmetric" if others else "linear"
+    if chart not in NATIVE:
+        raise ConfigError(f"chart={chart!r}: expected one of {', '.join(NATIVE)}")
+    if chart == "matrix" and others:
+        raise ConfigError(
+            f"chart 'matrix' with {', '.join(others)}: expected matrices alone; learn them with chart='matrix'"
+        )
+    return "linear" if chart == "matrix" else chart
+
+
 def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[str, Any]:
     gates = [delta.gate for delta in deltas if delta.gate is not None and gated]
     described: dict[str, Any] = {
@@ -207,7 +219,7 @@ def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[st
         "native": [delta.chart for delta in deltas],
         "weights": [float(weight) for weight in deltas.values()],
         # In the curved charts a second coordinate alone moves the scale too.
-        "location_only": all(d.first is None and d.chart in ("linear", "symmetric") for d in deltas),
+        "location_only": all(d.first is None and d.chart not in ("geodesic", "rootkl") for d in deltas),
         "layers": sorted({layer for delta in deltas for layer in delta.layers}),
         "budgets": [declared_drift(delta.record) for delta in deltas],
     }

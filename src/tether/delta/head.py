@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tether.cauchy.charts import CHARTS, from_chart
+from tether.cauchy.charts import NATIVE, read_move
 from tether.cauchy.divergence import drift
 from tether.causal.softmax import softmax_kl
 from tether.delta.output_head import OutputHead
@@ -33,12 +33,15 @@ class Head(NamedTuple):
     second: Tensor
     chart: str
 
-    def displacement(self, states: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def displacement(
+        self, states: Tensor, share: Tensor | None = None, *, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Move of the law of U.
 
         Args:
             states: what the delta reads: z, or z and states of middle layers, shape (n, F).
             share: how far to go along the chart's ray in each context, shape (n,); None goes all the way.
+            scale: base scale of U there, shape (n, C); only read in chart `matrix`.
 
         Returns:
             x and y, shape (n, C) each.
@@ -46,13 +49,13 @@ class Head(NamedTuple):
         Raises:
             ConfigError: unknown chart.
         """
-        if self.chart not in CHARTS:
-            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
+        if self.chart not in NATIVE:
+            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(NATIVE)}")
         second = states @ self.second.T
         first = torch.zeros_like(second) if self.first is None else states @ self.first.T
         if share is not None:
             first, second = first * share.unsqueeze(-1), second * share.unsqueeze(-1)
-        return from_chart(first, second, self.chart)
+        return read_move(first, second, self.chart, None if scale is None else scale.log())
 
     def scaled(self, factor: float) -> "Head":
         """Shrink or stretch along the ray through the base.
@@ -105,7 +108,7 @@ class Reference(NamedTuple):
         """
         if head is None:
             return self.loc, self.scale
-        x, y = head.displacement(self.states)
+        x, y = head.displacement(self.states, scale=self.scale)
         return self.loc + self.scale * y, self.scale * x.exp()
 
     def join(self, other: "Reference") -> "Reference":
@@ -143,7 +146,7 @@ def token_drift(
     Raises:
         ConfigError: unknown metric, or what it needs is missing.
     """
-    x, y = head.displacement(at.states)
+    x, y = head.displacement(at.states, scale=at.scale)
     if metric == "latent":
         return drift(x, y).sum(-1)
     move = at.scale * y
@@ -177,7 +180,7 @@ def ray_share(
     """
     share = torch.ones(len(at.states))
     for _ in range(rounds):
-        x, y = head.displacement(at.states, share)
+        x, y = head.displacement(at.states, share, scale=at.scale)
         move = at.scale * y
         found = (
             drift(x, y).sum(-1)

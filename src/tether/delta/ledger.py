@@ -214,7 +214,8 @@ def _accumulate(fused: Any, fusion: Fusion, windows: Windows, next_drift: float 
         inside = torch.zeros_like(gates) if left is None else left[..., batch.mask]
         parts = zip(states[batch.mask].split(ROWS), gates.split(ROWS, 1), inside.split(ROWS, 1), strict=True)
         for part, open_gates, others in parts:
-            x, y = fusion.deltas(part)
+            _, log_scale = fused.abduction(part[:, : fusion.hidden_size].to(fused.action.weight.dtype))
+            x, y = fusion.deltas(part, log_scale)
             rest = None if left is None else others
             for name, value in _contexts(fusion, x, y, open_gates, rest, next_drift).items():
                 sums[name] = sums.get(name, 0) + value

@@ -116,7 +116,7 @@ def measure(
             target = windows.targets[offsets].clamp(min=0).unsqueeze(-1)
             base = -log_prob.gather(-1, target).squeeze(-1)
             base_nll[offsets] = base
-            x, y = fusion.deltas(part)
+            x, y = fusion.deltas(part, log_scale)
             alone = drift(x, y).sum(-1)  # (N, tokens)
             for row, variant in enumerate(variants):
                 added = variant.sum

@@ -87,7 +87,7 @@ class Ray:
         """
         if factor not in self._changes:
             at, output = self.some, self.needs.output
-            loc = at.loc + at.scale * self.head.scaled(factor).displacement(at.states)[1]
+            loc, _ = at.moved(self.head.scaled(factor))
             law: Iterable[Tensor] = output.log_prob(at.loc)
             if 4 * len(at.loc) * len(output.weight) <= KEPT_BYTES:
                 law = self._law = self._law or list(law)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tether.cauchy.charts import CHARTS
+from tether.cauchy.charts import NATIVE
 from tether.cauchy.divergence import drift
 from tether.delta.anchor import Anchor
 from tether.delta.budget import Budget
@@ -48,6 +48,8 @@ class Fit:
         features: one of `FEATURES`; read by `learn_delta`, which caches them.
         location_only: leave the scale of U alone, in chart `linear` or `symmetric`. These two are then one
             chart, its constant is 1, and the delta can be folded into an output head.
+        keep_values: leave the law of numbers Y exactly as it is, in any context and whatever the scale of U: what is
+            learnt moves loc of U only across the value head. For chart `matrix` with `location_only`.
         gate: fit a one-class gate too.
         epochs: passes over the domain text at most.
         full_epochs: of these, the last ones take the loss over the whole vocabulary.
@@ -68,6 +70,7 @@ class Fit:
     chart: str = "symmetric"
     features: str = "last"
     location_only: bool = False
+    keep_values: bool = False
     gate: bool = True
     epochs: int = 2
     full_epochs: int = 0
@@ -82,12 +85,17 @@ class Fit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.chart not in CHARTS:
-            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(CHARTS)}")
-        if self.location_only and self.chart not in ("linear", "symmetric"):
+        if self.chart not in NATIVE:
+            raise ConfigError(f"chart={self.chart!r}: expected one of {', '.join(NATIVE)}")
+        if self.location_only and self.chart in ("geodesic", "rootkl"):
             raise ConfigError(
                 f"location_only in chart {self.chart}: its second coordinate moves the scale too; take symmetric or "
                 "linear"
+            )
+        if self.keep_values and (self.chart != "matrix" or not self.location_only):
+            raise ConfigError(
+                f"keep_values in chart {self.chart}, location_only={self.location_only}: values can be left alone "
+                "exactly by a change of the location's matrix alone; take chart='matrix' with location_only"
             )
         if self.features not in FEATURES:
             raise ConfigError(f"features={self.features!r}: expected one of {', '.join(FEATURES)}")
@@ -161,6 +169,8 @@ class Training:
         # A step in the head is then a step of the hidden state, whatever the scale of U.
         scale = source.some(4096).scale
         self.unit = scale.log().mean(0).exp().unsqueeze(-1)
+        if fit.chart == "matrix":
+            self.unit = torch.ones_like(self.unit)
         shape = (scale.shape[1], self.anchor.states.shape[1])
         self.second = torch.zeros(shape, requires_grad=True)
         self.first = None if fit.location_only else torch.zeros(shape, requires_grad=True)
@@ -193,7 +203,11 @@ class Training:
         Returns:
             The heads, with gradients.
         """
-        return Head(self.first, self.second / self.unit, self.fit.chart)
+        second = self.second / self.unit
+        if self.values is not None and self.fit.keep_values:
+            across = self.values.weight / self.values.weight.norm()
+            second = second - torch.outer(across, across @ second)
+        return Head(self.first, second, self.fit.chart)
 
     @torch.enable_grad()
     def run(self, measured: Callable[[Head], float], on_step: Step | None) -> Head:
@@ -251,11 +265,11 @@ class Training:
         fit, budget = self.fit, self.fit.budget
         at, targets = self.source.take(rows), self.source.targets[rows]
         head = self.head()
-        x, y = head.displacement(at.states)
+        x, y = head.displacement(at.states, scale=at.scale)
         own = drift(x, y).sum(-1) if budget.penalty is not None else None
         if budget.hard and budget.value is not None:
             share = ray_share(head, at, self.inner, budget.value / self.ratio, fisher=self.fisher)
-            x, y = head.displacement(at.states, share)
+            x, y = head.displacement(at.states, share, scale=at.scale)
         loc = at.loc + at.scale * y
         loss = self.loss
         nll = full_cross_entropy(loc, targets, loss.head) if whole else loss(loc, targets, self.generator)
@@ -312,9 +326,8 @@ class Training:
             inner = token_drift(self.inner, head, self.watched, fisher=self.fisher)
             now = float(self.fit.budget.statistic(inner)) * self.ratio
             head = head.scaled(min(1.0, math.sqrt(value / max(now, 1e-30))))
-        y = head.displacement(self.aside.at.states)[1]
         draws = torch.Generator().manual_seed(self.fit.seed)
-        found = float(self.loss(self.aside.at.loc + self.aside.at.scale * y, self.aside.targets, draws))
+        found = float(self.loss(self.aside.at.moved(head)[0], self.aside.targets, draws))
         if self._best is None or found < self._best[0]:
             self._best = found, [parameter.detach().clone() for parameter in self.parameters]
             self.stopped, self._waited = step, 0

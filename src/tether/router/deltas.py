@@ -184,7 +184,7 @@ def _shares(fusion: RoutedFusion, at: Tokens) -> Tensor:
 
 def _moved(fusion: RoutedFusion, at: Tokens, shares: Tensor) -> Tensor:
     # How far the shares move loc of U, shape (n, C).
-    x, y = fusion.deltas(at.at.states)
+    x, y = fusion.deltas(at.at.states, at.at.scale.log())
     added = Sum(weights=(1.0,) * len(fusion.domains), chart=fusion.chart)
     moved: Tensor = at.at.scale * added.add(x, y, shares)[1]
     return moved
@@ -193,7 +193,7 @@ def _moved(fusion: RoutedFusion, at: Tokens, shares: Tensor) -> Tensor:
 @torch.no_grad()
 def _served_drift(model: Any, fusion: RoutedFusion, at: Tokens, factor: float) -> Tensor:
     added = Sum(weights=(factor,) * len(fusion.domains), chart=fusion.chart)
-    x, y = fusion.deltas(at.at.states)
+    x, y = fusion.deltas(at.at.states, at.at.scale.log())
     served = added.law(at.at.loc, at.at.scale.log(), x, y, _shares(fusion, at)).loc
     rows, score = chunk_rows(model.action.weight), model.action.score_loc
     laws = (

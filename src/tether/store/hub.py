@@ -14,11 +14,13 @@ WAIT = 3.0
 """Seconds that the hub has for its first answer."""
 
 
-def hub_copy(name: str) -> str | None:
+def hub_copy(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> str | None:
     """Ask the hub for a sign of life before anything is fetched from it, and find an earlier copy if there is none.
 
     Args:
         name: a hub id.
+        revision: branch, tag or commit; None for the newest.
+        cache_dir: where copies lie; None for the usual place.
 
     Returns:
         None where the hub answers; else the folder of what was fetched before.
@@ -32,7 +34,7 @@ def hub_copy(name: str) -> str | None:
     if not offline and _answers(constants.ENDPOINT):
         return None
     try:
-        return snapshot_download(name, local_files_only=True)
+        return snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         # What is no hub id is told apart from one that was not fetched: the first is a ValueError.
         why = (
@@ -56,13 +58,18 @@ def unasked(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The options to use.
-    """
+
+    Raises:
+        CheckpointError: the hub does not answer, and nothing was fetched before.
+    """  # noqa: DOC502 - raised by hub_copy
     from huggingface_hub import constants
 
     careful = {"trust_remote_code": False, **options}
-    elsewhere = isinstance(name, str) and not Path(name).exists()
-    if elsewhere and (constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)):
-        careful["local_files_only"] = True
+    known = constants.HF_HUB_OFFLINE or options.get("local_files_only")
+    if isinstance(name, str) and not known and not Path(name).exists():
+        place = {option: options.get(option) for option in ("revision", "cache_dir")}
+        if hub_copy(name, **place) is not None:
+            careful["local_files_only"] = True
     return careful
 
 
