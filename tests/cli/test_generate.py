@@ -102,11 +102,12 @@ def test_a_model_without_numbers_reads_digits(work, text):
 
 
 def test_a_seed_is_an_individual(text):
-    for more in ((), ("--shared-noise",), ("--truncation", 0.01)):
+    for more in ((), ("--shared-noise",), ("--common-noise", 0.3), ("--truncation", 0.01)):
         drawn = [text("numeric", "ab", "--mode", "causal", "--seed", seed, *more) for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]
     causal = ("numeric", "ab", "--mode", "causal", "--seed", 1)
-    assert len({text(*causal), text(*causal, "--shared-noise"), text(*causal, "--truncation", 0.9)}) == 3
+    forms = (), ("--shared-noise",), ("--common-noise", 0.3), ("--truncation", 0.9)
+    assert len({text(*causal, *form) for form in forms}) == 4
     assert text(*causal, "--truncation", 1) == text("numeric", "ab")
 
 
@@ -128,6 +129,8 @@ def test_an_individual_is_kept_and_acts_again_elsewhere(work, text, tmp_path, sh
 BAD = {
     "unknown mode": (["--mode", "argmax"], "softmax, deterministic, causal"),
     "temperature": (["--mode", "causal", "--temperature", 1.0], "only softmax mode"),
+    "common noise in another mode": (["--common-noise", "0.1"], "only causal mode"),
+    "all noise in common": (["--mode", "causal", "--common-noise", "1"], "common=1.0"),
     "shared noise in another mode": (["--shared-noise"], "only causal mode"),
     "truncation in another mode": (["--truncation", 0.1, "--mode", "deterministic"], "only causal mode"),
     "noise in another mode": (["--noise", "new"], "only causal mode"),

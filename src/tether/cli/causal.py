@@ -106,6 +106,12 @@ def generate(
     shared_noise: Annotated[
         bool, typer.Option("--shared-noise", help="One noise for the whole text; causal mode only.")
     ] = False,
+    common_noise: Annotated[
+        float,
+        typer.Option(
+            help="Part of each position's noise that the whole text has in common, in [0, 1); causal mode only."
+        ),
+    ] = 0.0,
     truncation: Annotated[
         float, typer.Option(help="Least density of U, as a share of its peak; causal mode only.")
     ] = 0.0,
@@ -130,10 +136,10 @@ def generate(
             raise ConfigError(
                 f"temperature={temperature} with mode {mode}: only softmax mode takes one; leave it out"
             )
-        if mode != "causal" and (shared_noise or truncation or noise is not None):
+        if mode != "causal" and (shared_noise or common_noise or truncation or noise is not None):
             raise ConfigError(
-                f"--shared-noise, --truncation or --noise with mode {mode}: only causal mode samples an individual; "
-                "leave them out, or take --mode causal"
+                f"--shared-noise, --common-noise, --truncation or --noise with mode {mode}: only causal mode samples an "
+                "individual; leave them out, or take --mode causal"
             )
 
     if not prompt:
@@ -151,6 +157,13 @@ def generate(
             f"--shared-noise with {noise}: the individual in it has a noise for each position; leave it out, or "
             "name a new file"
         )
+    if individual is not None and common_noise and individual.common != common_noise:
+        raise ConfigError(
+            f"--common-noise {common_noise:g} with {noise}: the individual in it has {individual.common:g} in common; "
+            "leave it out, or name a new file"
+        )
+    drawn: dict[str, Any] = {"shared": shared_noise, "common": common_noise}
+    Noise.draw(1, 1, seed=seed, **drawn)  # a part out of range is found before the model is loaded
     writer, tokenizer = load(model)
     if mode is None:
         mode = str(writer.config.mode)
@@ -162,7 +175,7 @@ def generate(
         options |= {"temperature": temperature, "top_k": 0}
     if mode == "causal":
         fresh = individual is None
-        individual = individual or Noise.draw(1, writer.latent_size, seed=seed, shared=shared_noise)
+        individual = individual or Noise.draw(1, writer.latent_size, seed=seed, **drawn)
         options |= {"noise": individual, "truncation": truncation}
     with torch.random.fork_rng():
         # transformers' sampler takes no generator; the global state is set here and restored after.
