@@ -6,8 +6,12 @@ from itertools import pairwise
 
 import pytest
 
+from tether import files
+from tether.causal.pairs import holds_pairs, read_pairs
 from tether.errors import CheckpointError, ConfigError
 from tether.files import is_plain
+from tether.merge import probes
+from tether.merge.probes import read_probes
 from tether.reading import (
     DEEPEST,
     JSON_BYTES,
@@ -20,6 +24,7 @@ from tether.reading import (
     read_json,
     read_yaml,
 )
+from tether.store.documents import read_documents
 
 JSONS = {
     "NaN": ('{"a": NaN}', "NaN is no number"),
@@ -142,3 +147,17 @@ def test_paths_that_no_file_can_have_are_no_files(tmp_path):
 def test_what_json_cannot_hold_becomes_null():
     content = {"a": (1, float("inf")), "b": {"c": float("nan")}, "d": "x"}
     assert finite(content) == {"a": [1, None], "b": {"c": None}, "d": "x"}
+
+
+@pytest.mark.parametrize("read", [read_documents, read_pairs, read_probes], ids=lambda read: read.__name__)
+def test_a_line_without_an_end_fills_no_memory(read, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.truncate(2**33)  # takes no place on the disk, and would take 8 GB of memory
+    for module in (files, probes):
+        monkeypatch.setattr(module, "LINE_BYTES", 2**20)
+    assert not holds_pairs(path)
+    before = time.process_time()
+    with pytest.raises(ConfigError, match=r"(longer|larger) than 1,048,576 bytes"):
+        read(path)
+    assert time.process_time() - before < 5

@@ -2,12 +2,17 @@
 
 import os
 import stat
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import IO, Final
 
-from tether.errors import CheckpointError, TetherError
+from tether.errors import CheckpointError, ConfigError, TetherError
 
-__all__ = ["check_plain", "is_plain", "read_bytes"]
+__all__ = ["LINE_BYTES", "check_plain", "is_plain", "read_bytes", "text_lines"]
+
+LINE_BYTES: Final = 256 * 2**20
+"""Size of a line of a text at most: each is held in memory whole."""
 
 
 def check_plain(path: str | PathLike[str], *, error: type[TetherError] = CheckpointError) -> None:
@@ -72,3 +77,27 @@ def read_bytes(path: str | PathLike[str], most: int, *, error: type[TetherError]
     if len(content) > most:
         raise error(f"{path}: larger than {most:,} bytes, which no such file needs; take another copy")
     return content
+
+
+def text_lines(path: str | PathLike[str], stream: IO[bytes]) -> Iterator[bytes]:
+    """Read a text line by line, none longer than `LINE_BYTES`.
+
+    Args:
+        path: what to call it in an error.
+        stream: the file, opened.
+
+    Yields:
+        Lines with their ends.
+
+    Raises:
+        ConfigError: a line is longer.
+    """
+    number = 0
+    while line := stream.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise ConfigError(
+                f"{path}, line {number}: longer than {LINE_BYTES:,} bytes; expected a JSON object a line, so cut the "
+                "text into several documents, or give it as a plain file"
+            )
+        yield line

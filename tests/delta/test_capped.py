@@ -129,3 +129,14 @@ def test_axes_are_those_of_the_capped_fisher(base, model, caches):
     hessian = torch.autograd.functional.hessian(kl, torch.zeros(32, dtype=torch.float64))
     along = torch.einsum("ia,ij,ja->a", axes.basis.double(), hessian, axes.basis.double())
     assert_close((1 / (2 * axes.scale.double().square()))[-8:], along[-8:], rtol=1e-3, atol=1e-9)
+
+
+def test_by_evidence_the_capped_laws_are_mixed(base, model, delta, held_out):
+    ids = held_out.input_ids[None, :64]
+    with torch.no_grad():
+        out = fuse(model, {delta: 1.0}, gated=False)(input_ids=ids, output_weights=True)
+        alone = fuse(model, {delta: 1.0}, by="sum", gated=False)
+        laws = [each(input_ids=ids).logits.double().softmax(-1) for each in (base, alone)]
+    mixed = sum(out.log_weights[..., at].exp().unsqueeze(-1) * law for at, law in enumerate(laws))
+    assert_close(out.logits.double().softmax(-1), mixed.double(), rtol=1e-4, atol=1e-7)
+    assert float(out.log_weights[..., 1].exp().max()) > 0.1

@@ -10,8 +10,12 @@ from transformers import AutoModelForCausalLM
 import tiny
 from tether.cauchy.charts import read_move
 from tether.causal.checkpoint import save_checkpoint
+from tether.causal.dataset import make_examples
 from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.pairs import Pair
+from tether.causal.readout import fit_values
+from tether.causal.routed import make_fusion
 from tether.delta.anchor import anchor_text
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
@@ -58,6 +62,98 @@ def by_hand(model, deltas, weights):
             if delta.first is not None:
                 whole.abduction.log_scale.weight += weight * delta.first
     return whole
+
+
+@torch.no_grad()
+def z_of(model, ids):
+    return model.backbone(input_ids=ids).last_hidden_state
+
+
+# The document's formulas on the hidden states of the base, in float64 and by nothing of tether's but its weights.
+@torch.no_grad()
+def document_law(model, deltas, ids):
+    z = z_of(model, ids).double()
+    loc, log_scale, action = model.abduction.loc, model.abduction.log_scale, model.action
+    w_loc, w_scale = loc.weight.double(), log_scale.weight.double()
+    for delta, weight in zip(deltas, WEIGHTS, strict=True):
+        w_loc = w_loc + weight * delta.second.double()
+        w_scale = w_scale + weight * delta.first.double()
+    latent_loc = z @ w_loc.T + loc.bias.double()
+    latent_log_scale = z @ w_scale.T + log_scale.bias.double()
+    w_value = action.value_weight[0].double()
+    return {
+        "latent_loc": latent_loc,
+        "latent_log_scale": latent_log_scale,
+        "logits": latent_loc @ action.weight.double().T,
+        "value_loc": latent_loc @ w_value + action.value_bias.double(),
+        "value_scale": latent_log_scale.exp() @ w_value.abs(),
+    }
+
+
+def assert_near(found, expected):
+    # 1e-6 of the largest: what float32 keeps of a sum of 32 products.
+    scale = float(expected.abs().max())
+    assert_close(found.double() / scale, expected / scale, rtol=0, atol=1e-6)
+
+
+def test_after_a_fit_of_values_it_is_the_documents_matrices_fused_exported_and_read_back(tmp_path):
+    backbone = tiny.backbone("qwen2")
+    # With a reserved row for <NUM> the model can be exported.
+    backbone.resize_token_embeddings(264, mean_resizing=False)
+    model = CausalQwenForCausalLM.from_backbone(backbone, latent_scale=0.2)
+    tokenizer = model.add_numbers(tiny.tokenizer())
+    rows = torch.rand(30, 2, generator=torch.Generator().manual_seed(0)).tolist()
+    told = [Pair(f"a {50 * a:.2f} b {50 * b:.2f} c", f" {a + 2 * b:.4f}") for a, b in rows]
+    examples = make_examples(told, tokenizer)
+    fit_values(model, examples)
+    renew_fingerprint(model)
+    ids = examples.collate(range(3))["input_ids"]
+    with torch.no_grad():
+        assert float(model(input_ids=ids).latent_log_scale.std((0, 1)).min()) > 0.3
+    for seed, name in enumerate("abc"):
+        made_delta(model, name, seed).save(tmp_path / f"{name}.delta")
+    deltas = [Delta.load(tmp_path / f"{name}.delta") for name in "abc"]
+    expected = document_law(model, deltas, ids)
+    fused = fuse(model, dict(zip(deltas, WEIGHTS, strict=True)), by="sum", chart="matrix")
+    assert fused.config.fusion["chart"] == "matrix"
+    save_checkpoint(fused, tokenizer, tmp_path / "fused")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    for each in (fused, again):
+        with torch.no_grad():
+            out = each(input_ids=ids)
+        for name, value in expected.items():
+            assert_near(getattr(out, name), value)
+    base, back = unfuse(again)
+    assert tuple(back.values()) == WEIGHTS
+    assert all(
+        torch.equal(one.first, other.first) and torch.equal(one.second, other.second)
+        for one, other in zip(back, deltas, strict=True)
+    )
+    assert fuse(base, back, by="sum").config.fusion == again.config.fusion
+    export_plain(again, tokenizer, tmp_path / "plain")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(input_ids=ids).logits
+    assert_near(plain, expected["logits"])
+    # Moves in units of the scale are no matrix here, not even of deltas that agree where the scale is its mean.
+    scale = model.abduction(z_of(model, ids))[1].mean((0, 1)).exp().detach().unsqueeze(-1)
+    in_units = [Delta(**{**d.__dict__, "chart": "linear", "second": d.second / scale}) for d in deltas]
+    linear = fuse(model, dict(zip(in_units, WEIGHTS, strict=True)), by="sum", chart="linear")
+    with torch.no_grad():
+        apart = linear(input_ids=ids).latent_loc - expected["latent_loc"]
+    assert float(apart.abs().max()) > 1e-2 * float(expected["latent_loc"].abs().max())
+
+
+def test_while_the_scale_is_constant_linear_is_the_same(ids):
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone("qwen2"), latent_scale=0.2)
+    deltas = [made_delta(model, name, seed) for seed, name in enumerate("abc")]
+    scale = model.abduction.log_scale.bias.detach().exp().unsqueeze(-1)
+    in_units = [Delta(**{**d.__dict__, "chart": "linear", "second": d.second / scale}) for d in deltas]
+    fused = fuse(model, dict(zip(in_units, WEIGHTS, strict=True)), by="sum", chart="linear")
+    expected = document_law(model, deltas, ids)
+    with torch.no_grad():
+        out = fused(input_ids=ids)
+    for name in ("latent_loc", "latent_log_scale", "logits"):
+        assert_near(getattr(out, name), expected[name])
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +220,17 @@ def test_it_is_exported_with_any_scale_and_read_back(model, ids, tmp_path):
     assert torch.equal(again.first, deltas[0].first)
 
 
+# The document's own formula of the drift of one model from another, of their laws of U.
+@torch.no_grad()
+def document_drift(before, after, ids):
+    first, second = (each(input_ids=ids) for each in (before, after))
+    (loc_a, gamma_a), (loc_b, gamma_b) = (
+        (out.latent_loc[0].double(), out.latent_log_scale[0].double().exp()) for out in (first, second)
+    )
+    ratio = ((gamma_a + gamma_b) ** 2 + (loc_a - loc_b) ** 2) / (4 * gamma_a * gamma_b)
+    return ratio.log().sum(-1)
+
+
 def test_a_matrix_is_learnt_certified_and_in_the_ledger(model, tmp_path):
     texts = {"digits": tiny.documents("digits", 40, 1), "words": tiny.documents("words", 40, 2)}
     texts["held out"] = tiny.documents("words", 40, 3)
@@ -148,6 +255,7 @@ def test_a_matrix_is_learnt_certified_and_in_the_ledger(model, tmp_path):
             for each in (model, whole)
         ]
     drift = float((laws[0].exp() * (laws[0] - laws[1])).sum(-1).mean())
+    latent = float(torch.cat([document_drift(model, whole, piece[None]) for piece in pieces]).mean())
     save_checkpoint(fused, tiny.tokenizer(), tmp_path / "fused")
     write_documents(tmp_path / "words.jsonl", texts["held out"])
     certificate = certify(model, fused, tiny.tokenizer(), {"words": tmp_path / "words.jsonl"}, window=64)
@@ -155,9 +263,14 @@ def test_a_matrix_is_learnt_certified_and_in_the_ledger(model, tmp_path):
     assert verify(tmp_path / "cert.json") == []
     figures = certificate.figures["words"]
     assert figures["softmax_kl"]["mean"] == pytest.approx(drift, rel=1e-3)
+    assert figures["latent_drift"]["mean"] == pytest.approx(latent, rel=1e-4)
     assert figures["bound"]["violations"] == 0
+    assert certificate.fusion["chart"] == "matrix"
     kept = keep_ledger(fused, tiny.tokenizer(), texts["held out"], window=64, tokens=None)
-    assert kept["total"]["measured"] == pytest.approx(figures["latent_drift"]["mean"], rel=1e-4)
+    assert kept["chart"] == "matrix"
+    assert kept["total"]["measured"] == pytest.approx(latent, rel=1e-4)
+    # One delta of weight 1: its own drift is the plan, and no constant of the chart is needed.
+    assert kept["budgets"]["allowed"] == pytest.approx(delta.record["latent_base"], rel=1e-6)
 
 
 def test_what_keeps_values_moves_nothing_that_numbers_see(tmp_path):
@@ -209,5 +322,8 @@ def test_what_is_no_matrix_is_refused(model, deltas):
         fuse(model, {deltas[0]: 1.0, other: 1.0}, by="sum", chart="matrix", gated=False)
     with pytest.raises(ConfigError, match="chart='round'"):
         fuse(model, {deltas[0]: 1.0}, by="sum", chart="round", gated=False)
+    described = fuse(model, {deltas[0]: 1.0, other: 1.0}, by="sum", chart="linear").config.fusion
+    with pytest.raises(ConfigError, match="chart matrix of deltas in matrix, symmetric"):
+        make_fusion(32, 32, described | {"chart": "matrix"})
     with pytest.raises(ConfigError, match="without the base's scale"):
         read_move(torch.zeros(2), torch.zeros(2), "matrix", None)

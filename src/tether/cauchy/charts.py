@@ -13,6 +13,9 @@ geodesic    direction of the geodesic, length rho      at most (sum sqrt(D_k))^2
 rootkl      the same direction, length sqrt(D)         equal to a^T M a, M the Gram matrix of the deltas
 ==========  =========================================  ===================================================
 
+A delta may also be two matrices that are added to those of the base itself (``matrix``, see ``read_move``). In each
+context it is a move like any other, and its moves are added in ``linear``: only there are N deltas one matrix again.
+
 Range. Inputs of magnitude 1e-12 to 1e4 are handled without overflow or nan wherever the result is itself
 representable; ``drift`` is right for all of them. Beyond the reach of float32 (float64) lie
 
@@ -34,7 +37,7 @@ from torch import Tensor
 from tether.cauchy.divergence import distance, distance_of_drift, drift
 from tether.errors import ConfigError, ShapeError
 
-__all__ = ["CHARTS", "NATIVE", "from_chart", "fuse", "read_move", "to_chart"]
+__all__ = ["CHARTS", "NATIVE", "added_in", "from_chart", "fuse", "read_move", "to_chart"]
 
 CHARTS = ("linear", "symmetric", "geodesic", "rootkl")
 """Coordinates in which deltas can be added."""
@@ -47,7 +50,8 @@ def to_chart(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Coordinates of a delta in a chart.
 
-    - ``linear``: ``(x, y)``.
+    - ``linear``: ``(x, y)``. A delta that is linear in the hidden state in these coordinates is a change of the base's
+      two matrices where the base's scale is the same in every context, and nowhere else: see ``read_move``.
     - ``symmetric``: ``(x, y e^{-x/2})``: the second is the change of location in units of the geometric mean
       of old and new scale.
     - ``geodesic``: ``rho * n``, the logarithm map of the half-plane at the base. With
@@ -141,6 +145,18 @@ def from_chart(
     return torch.where(at_base, at_origin * first, x), torch.where(at_base, at_origin * second, y)
 
 
+def added_in(chart: str) -> str:
+    """Name the chart in which moves are added.
+
+    Args:
+        chart: one of ``NATIVE``.
+
+    Returns:
+        The chart, and ``linear`` for ``matrix``: matrices add up exactly where their moves do.
+    """
+    return "linear" if chart == "matrix" else chart
+
+
 def read_move(
     first: Float[Tensor, "*batch"],
     second: Float[Tensor, "*batch"],
@@ -151,9 +167,11 @@ def read_move(
 
     In ``matrix`` the heads are matrices that are added to the base's own: to that of the log scale and to that of the
     location, so the second is in units of the location, whatever the scale. Added in chart ``linear`` such deltas are
-    one model whose two matrices are ``W_base + sum_k weight_k delta_k``, with any base. A delta of ``linear`` is that
-    too where the base's scale is the same in every context, with its second matrix times that scale; where the scale
-    depends on the context no matrix is.
+    one model whose two matrices are ``W_base + sum_k weight_k delta_k``, with any base. The scale stays positive
+    whatever is added, because it is the exponential of what its matrix gives.
+
+    A delta of ``linear`` is that too where the base's scale is the same in every context, with its second matrix times
+    that scale; where the scale depends on the context no matrix is.
 
     Args:
         first: what the first head gives.
@@ -166,6 +184,15 @@ def read_move(
 
     Raises:
         ConfigError: unknown chart, or no scale where it is read.
+
+    Reference:
+        The source's dialogue on domain knowledge, "the secret weapon": ``W_fused = W_base + sum_j alpha_j delta_j``.
+
+    Example:
+        >>> import torch
+        >>> first, second, log_scale = torch.tensor(0.1), torch.tensor(3.0), torch.tensor(0.5).log()
+        >>> read_move(first, second, "matrix", log_scale)  # location + 3, six times a scale of one half
+        (tensor(0.1000), tensor(6.))
     """
     if native != "matrix":
         return from_chart(first, second, native)

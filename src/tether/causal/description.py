@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tether.cauchy.charts import CHARTS, NATIVE
+from tether.cauchy.charts import NATIVE
 from tether.errors import ConfigError
 from tether.reading import Name, Strict, checked
 
@@ -90,9 +90,12 @@ class _Description(Strict):
             needed += ["gate_window", "gate_rank"]
         if missing := [field for field in needed if getattr(self, field) is None]:
             raise ValueError(f"{', '.join(missing)}: missing")
-        for charts, known in (([self.chart or CHARTS[0]], CHARTS), (self.native, NATIVE)):
-            if unknown := [chart for chart in charts if chart not in known]:
-                raise ValueError(f"chart {ascii(unknown[0])[:80]}: expected one of {', '.join(known)}")
+        charts = self.native if self.chart is None else [self.chart, *self.native]
+        if unknown := [chart for chart in charts if chart not in NATIVE]:
+            raise ValueError(f"chart {ascii(unknown[0])[:80]}: expected one of {', '.join(NATIVE)}")
+        if self.chart == "matrix" and set(self.native) != {"matrix"}:
+            native = ", ".join(self.native[:12])
+            raise ValueError(f"chart matrix of deltas in {native}: expected deltas of chart matrix alone")
         return self
 
 

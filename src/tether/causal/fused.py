@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.cauchy.charts import CHARTS, NATIVE, read_move
+from tether.cauchy.charts import NATIVE, added_in, read_move
 from tether.causal.gates import GATES, gate_density, gate_distance, gate_open, gate_softmax, window_mean
 from tether.causal.leash import check_leash
 from tether.causal.summed import Sum
@@ -55,13 +55,12 @@ class Fusion(nn.Module):
     def __init__(self, hidden_size: int, latent_size: int, description: dict[str, Any]) -> None:
         super().__init__()
         self.description = description
-        self.chart: str = description["chart"]
+        self.chart: str = added_in(description["chart"])
         self.domains: list[str] = list(description["domains"])
         self.native: list[str] = list(description["native"])
         weights = [float(weight) for weight in description["weights"]]
-        for charts, known in (([self.chart], CHARTS), (self.native, NATIVE)):
-            if unknown := [chart for chart in charts if chart not in known]:
-                raise ConfigError(f"chart={unknown[0]!r}: expected one of {', '.join(known)}")
+        if unknown := [chart for chart in (self.chart, *self.native) if chart not in NATIVE]:
+            raise ConfigError(f"chart={unknown[0]!r}: expected one of {', '.join(NATIVE)}")
         if not len(self.domains) == len(self.native) == len(weights) > 0:
             raise ConfigError(
                 f"{len(self.domains)} domains, {len(self.native)} charts, {len(weights)} weights: expected one "

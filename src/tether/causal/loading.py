@@ -13,6 +13,7 @@ from tether.causal.folder import check_folder
 from tether.errors import CheckpointError, ConfigError
 from tether.store.hashing import sha256_file
 from tether.store.hub import hub_copy
+from tether.store.place import check_place
 from tether.store.publish import publish_folder
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _convert_gguf(folder: Path, file: str, target: Path, name: str) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{file}: reading GGUF needs the package gguf; install 'tether[gguf]'")
+    check_place(target)
     tokenizer = _from_pretrained(AutoTokenizer, str(folder), name, gguf_file=file)
     model = _from_pretrained(AutoModelForCausalLM, str(folder), name, gguf_file=file, dtype=torch.float32)
     # transformers refuses to save what it holds for quantised, though the weights are plain by now; a

@@ -75,7 +75,7 @@ class CausalQwenForCausalLM(
         super().__init__(config)
         config.check_logits()
         backbone_config = config.backbone_config
-        self.backbone = AutoModel.from_config(backbone_config)
+        self.backbone = AutoModel.from_config(backbone_config, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
         self.vocab_size: int = text.vocab_size
         latent_size = config.latent_size or text.hidden_size

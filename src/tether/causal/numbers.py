@@ -16,6 +16,7 @@ from tether.causal.numerals import Numeral, find_numbers
 from tether.causal.placeholder import check_numeric, shortest_floats
 from tether.causal.streaming import NumericStreamer
 from tether.errors import CheckpointError, ConfigError, ShapeError
+from tether.store.hub import unasked
 
 __all__ = ["NumericEncoding", "NumericStreamer", "NumericTokenizer", "check_numeric"]
 
@@ -282,7 +283,7 @@ class NumericTokenizer:
         Args:
             folder: a folder or hub id.
             rows: embedding rows of the model; None where unknown.
-            **options: for `AutoTokenizer.from_pretrained`.
+            **options: for `AutoTokenizer.from_pretrained`; `trust_remote_code` is False unless it is given.
 
         Returns:
             The tokenizer.
@@ -291,7 +292,8 @@ class NumericTokenizer:
             CheckpointError: there is no tokenizer that can be loaded.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder), **options)
+            name = os.fspath(folder)
+            tokenizer = AutoTokenizer.from_pretrained(name, **unasked(name, options))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); expected a folder written by "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tether.errors import ConfigError
-from tether.files import check_plain
+from tether.files import check_plain, text_lines
 from tether.store.documents import JSON_LINES
 
 __all__ = ["Document", "Pair", "holds_pairs", "read_pairs"]
@@ -36,7 +36,10 @@ def holds_pairs(path: str | Path) -> bool:
     if path.suffix.lower() not in JSON_LINES or not path.is_file():
         return False
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
+        try:
+            first = next((line for line in text_lines(path, file) if line.strip()), b"")
+        except ConfigError:
+            return False
     try:
         # Not by the strict reader: only the names of the fields are looked at.
         row = json.loads(first.removeprefix(codecs.BOM_UTF8))
@@ -60,7 +63,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
     path = Path(path)
     check_plain(path, error=ConfigError)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            # The mark that some editors begin a file with is taken off the first line.
+            lines = [
+                line.decode("utf-8" if number else "utf-8-sig")
+                for number, line in enumerate(text_lines(path, file))
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected JSON lines in UTF-8 that can be read ({error})") from error
     pairs = []

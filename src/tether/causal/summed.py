@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.cauchy.charts import fuse
+from tether.cauchy.charts import added_in, fuse
 from tether.causal.leash import leash_law
 from tether.causal.score_leash import leash_scores, location_path
 from tether.errors import ConfigError
@@ -164,11 +164,12 @@ def bound_chart(chart: str, location_only: bool) -> str:
     """Name the chart whose bound a sum is held to.
 
     Args:
-        chart: the chart in which deltas are added.
+        chart: the chart in which deltas are added, or `matrix`, whose moves are added in `linear`.
         location_only: whether no delta changes the scale of U.
 
     Returns:
         The chart, but `symmetric` for `linear` without a change of scale: both then add the same numbers, and the
         constant of the linear chart is not needed.
     """
+    chart = added_in(chart)
     return "symmetric" if location_only and chart == "linear" else chart

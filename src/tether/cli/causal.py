@@ -138,8 +138,8 @@ def generate(
             )
         if mode != "causal" and (shared_noise or common_noise or truncation or noise is not None):
             raise ConfigError(
-                f"--shared-noise, --common-noise, --truncation or --noise with mode {mode}: only causal mode samples an "
-                "individual; leave them out, or take --mode causal"
+                f"--shared-noise, --common-noise, --truncation or --noise with mode {mode}: only causal mode samples "
+                "an individual; leave them out, or take --mode causal"
             )
 
     if not prompt:

@@ -178,7 +178,11 @@ def fuse(
         typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.5"),
     ] = None,
     chart: Annotated[
-        str | None, typer.Option(help="Of a sum: symmetric (the default), linear, geodesic or rootkl.")
+        str | None,
+        typer.Option(
+            help="Of a sum: symmetric (the default), linear, geodesic or rootkl; matrix (the default where all deltas "
+            "are matrices)."
+        ),
     ] = None,
     gate: Annotated[
         str | None,

@@ -45,7 +45,8 @@ class Delta:
 
     Attributes:
         name: domain name.
-        chart: chart whose two coordinates the delta outputs.
+        chart: one of `tether.cauchy.charts.NATIVE`: the chart whose two coordinates the delta outputs, or `matrix`,
+            where it is added to the base's own two heads.
         first: head of the first coordinate (change of log scale), shape (C, H (1 + L)), or None when only
             the location moves.
         second: head of the second coordinate (change of location), shape (C, H (1 + L)).

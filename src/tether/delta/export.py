@@ -81,7 +81,7 @@ def export_plain(
         config = copy.deepcopy(model.backbone.config)
         tied = folded == "nothing" and model.config.tie_word_embeddings
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
-        target = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
+        target = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, trust_remote_code=False)
     state = {
         f"{target.base_model_prefix}.{name}": value for name, value in model.backbone.state_dict().items()
     }
@@ -117,7 +117,8 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
     With abduction loc = m (A z + a), m the base's own multiplier of logits, which the plain checkpoint has too, and
     constant base scale s, a fusion whose fused y is B z has M = A + diag(s) B / m. That is so where every delta
     outputs y linearly and the chart adds y: deltas of the chart `linear`, or of `symmetric` that leave the scale
-    alone. Softmax mode does not read the scale of U, so the change of scale of a `linear` delta is left behind.
+    alone. A delta of chart `matrix` gives diag(s) B itself, so with such deltas s may depend on the context. Softmax
+    mode does not read the scale of U, so the change of scale of a delta of `linear` or `matrix` is left behind.
 
     Args:
         model: converted, trained or fused.
@@ -149,8 +150,10 @@ def static_map(model: CausalQwenForCausalLM) -> tuple[Tensor, Tensor]:
         reasons += _obstacles(fusion, active)
         plain = [k for k in active if fusion.native[k] != "matrix"]
         if plain and bool(abduction.log_scale.weight.any()):
+            names = ", ".join(fusion.domains[k] for k in plain)
             reasons.append(
-                "the base scale of U depends on the context (it was trained), so the deltas' moves are not linear in z"
+                "the base scale of U depends on the context (it was trained), so the deltas' moves are not linear in "
+                f"z; learn {names} with --chart matrix"
             )
     if reasons:
         raise ConfigError(
@@ -260,7 +263,8 @@ def final_norm(model: CausalQwenForCausalLM) -> str | None:
 @torch.no_grad()
 def _compare(model: CausalQwenForCausalLM, folder: Path, tokens: int) -> float:
     weight = model.action.weight
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=weight.dtype, trust_remote_code=False)
+    plain = plain.to(weight.device).eval()
     generator = torch.Generator().manual_seed(0)
     config = plain.config.get_text_config()
     length = min(tokens, getattr(config, "max_position_embeddings", tokens))

@@ -51,7 +51,9 @@ def fuse(
             strengths, and is not 0.
         by: `evidence` or `sum`; None takes evidence, or a sum where an option of sums is given (chart, gate, leash).
         rule: prior, restarts and floor of evidence; None takes the defaults.
-        chart: of a sum, the chart in which they are added: `linear`, `symmetric` (the default), `geodesic`, `rootkl`.
+        chart: of a sum, the chart in which they are added: `linear`, `symmetric`, `geodesic`, `rootkl`; or `matrix`,
+            for deltas that are matrices: the sum is then the base with the weighted matrices added to its two heads.
+            None takes `matrix` where all deltas are matrices, else `symmetric`.
         gated: whether each delta acts only where its gate is open (by evidence: sleeps elsewhere); None gates when
             every delta has a gate.
         gate: of a sum, `one-class`, or `softmax`, which shares a context among the open gates; see
@@ -67,8 +69,8 @@ def fuse(
         The fused model, in evaluation mode.
 
     Raises:
-        ConfigError: no deltas, an unknown chart or leash, a weight that is not finite, two deltas of one
-            name, a gate asked for and missing, or a model that is fused already.
+        ConfigError: no deltas, an unknown chart or leash, chart `matrix` with deltas of another, a weight that is not
+            finite, two deltas of one name, a gate asked for and missing, or a model that is fused already.
         CheckpointError: a delta was learnt on another base, or says so.
         IdentityError: the model's weights are not those that its config names: they are hashed
             (`tether.causal.fingerprint.fingerprint`), and deltas are held against what is found.
@@ -196,18 +198,19 @@ def _check_widths(model: Any, deltas: Mapping[Delta, float]) -> None:
             )
 
 
-# Deltas that are matrices are added as the source document adds them, which is chart `linear` of their moves.
+# Deltas that are matrices are added as the source document adds them, unless another chart is asked for.
 def _sum_chart(chart: str | None, deltas: Iterable[Delta]) -> str:
     others = [f"{delta.name!r} ({delta.chart})" for delta in deltas if delta.chart != "matrix"]
     if chart is None:
-        return "symmetric" if others else "linear"
+        return "symmetric" if others else "matrix"
     if chart not in NATIVE:
         raise ConfigError(f"chart={chart!r}: expected one of {', '.join(NATIVE)}")
     if chart == "matrix" and others:
         raise ConfigError(
-            f"chart 'matrix' with {', '.join(others)}: expected matrices alone; learn them with chart='matrix'"
+            f"chart 'matrix' with {', '.join(others)}: expected matrices alone; learn them with chart='matrix', or, of "
+            "chart 'linear' and a base whose scale is the same in every context, add them in 'linear', the same there"
         )
-    return "linear" if chart == "matrix" else chart
+    return chart
 
 
 def _describe(deltas: Mapping[Delta, float], chart: str, gated: bool) -> dict[str, Any]:

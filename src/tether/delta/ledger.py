@@ -144,7 +144,7 @@ def keep_ledger(
     names, total = fusion.domains, mean["total"]
     return {
         "tokens": count,
-        "chart": fusion.chart,
+        "chart": described["chart"],
         "domains": {
             name: {
                 "weight": fusion.weights[row],

@@ -44,7 +44,7 @@ class Fit:
 
     Attributes:
         budget: the constraint, or the plain penalty.
-        chart: chart in which the head is linear.
+        chart: chart in which the head is linear, or `matrix`, where it is added to the base's own two heads.
         features: one of `FEATURES`; read by `learn_delta`, which caches them.
         location_only: leave the scale of U alone, in chart `linear` or `symmetric`. These two are then one
             chart, its constant is 1, and the delta can be folded into an output head.

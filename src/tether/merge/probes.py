@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tether.causal.loading import load_backbone, resolve
 from tether.errors import CheckpointError, ConfigError, TetherError
-from tether.files import is_plain
+from tether.files import LINE_BYTES, is_plain, read_bytes
 from tether.names import inside
 from tether.reading import Strict, parse_as
 
@@ -88,8 +88,8 @@ def read_probes(path: str | Path) -> list[Probe]:
         raise ConfigError(f"{path}: no such probe file; expected JSON lines with text and, optionally, image")
     probes, problems = [], []
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(file, LINE_BYTES, error=ConfigError).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: expected JSON lines in UTF-8 that can be read ({error})") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, final, overload
 
 from tether.errors import ConfigError
+from tether.files import text_lines
 
 __all__ = ["Lines", "Plain", "Text", "counted", "read_lines", "read_plain"]
 
@@ -186,11 +187,11 @@ def read_lines(path: Path, stream: IO[bytes]) -> Lines | None:
         Its documents, or None if there are none.
 
     Raises:
-        ConfigError: a line is not a JSON object with a text, or not UTF-8.
+        ConfigError: a line is not a JSON object with a text, not UTF-8, or longer than `tether.files.LINE_BYTES`.
     """
     stamp, mark = _stamp(stream), _mark(stream)
     raw, digest, offsets, offset = hashlib.sha256(mark), hashlib.sha256(), array("q"), len(mark)
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(text_lines(path, stream), start=1):
         raw.update(line)
         try:
             document = _line_text(line) if line.strip() else ""
