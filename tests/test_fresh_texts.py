@@ -28,8 +28,8 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_lists_have_twelve_domains_and_eight_foreign_kinds_and_no_name_twice():
-    assert [[len(texts) for texts in both] for both in LISTS.values()] == [[12, 8]] * 3
-    assert len(set().union(*(texts for both in LISTS.values() for texts in both))) == 60
+    assert [[len(texts) for texts in both] for both in LISTS.values()] == [[12, 8]] * 4
+    assert len(set().union(*(texts for both in LISTS.values() for texts in both))) == 80
 
 
 def test_parts_are_packed_in_order_and_a_piece_is_as_long_as_allowed_and_no_longer():
