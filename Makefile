@@ -48,8 +48,9 @@ bench: setup
 		$(BIN)/python -m benchmarks $$name --json benchmarks/results/$$name.json || exit 1; \
 	done
 
-# Every number and figure of docs/how-drift-adds-up.md, from the code.
+# The index of formulas, from docs/formulas.toml; every number and figure of docs/how-drift-adds-up.md, from the code.
 page: setup
+	$(BIN)/python -m benchmarks.formulas_page
 	$(BIN)/python -m benchmarks.theory_page
 
 # What benchmarks compare with, apart from the environment of tether: lm-evaluation-harness on a path of its own,
