@@ -7,6 +7,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long a draw takes says more of a busy machine than of the test.
+settings.register_profile("tether", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tether")
 
 # Tensors here are small: a second thread waits more than it works, and on a busy machine costs minutes.
 torch.set_num_threads(1)
