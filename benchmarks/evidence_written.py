@@ -1,6 +1,6 @@
 """What a fusion by evidence writes: it stays in the domain of its prompt, and with the base where nobody asked.
 
-TETHER_PROMPT gives the length of the prompts in tokens, TETHER_TEXTS how many.
+TETHER_PROMPT gives the length of the prompts in tokens, TETHER_TEXTS how many, TETHER_SEEDS the seed of the fits.
 """
 
 import os
@@ -34,12 +34,13 @@ def rows(*, fast: bool) -> Iterator[Row]:
 
     Yields:
         Rows of case, metric, ours, baseline, ratio, runs. Of a prompt of a domain: the loss of what the fusion wrote
-        under the domain's delta alone, beside that of what this delta alone wrote. Of a neutral prompt: in how many
-        texts the base has at least half of the weight at the end.
+        under the domain's delta alone, beside that of what this delta alone wrote, and the standard error of their
+        difference over prompts. Of a neutral prompt: in how many texts the base has at least half of the weight at
+        the end.
     """
     count, domains = (4, NAMES[:2]) if fast else (int(os.environ.get("TETHER_TEXTS", "32")), NAMES[:6])
     with states_folder() as folder:
-        trial = Trial(folder, 0, fast=fast)
+        trial = Trial(folder, int(os.environ.get("TETHER_SEEDS", "0")), fast=fast)
         fused = trial.fused(domains)
         neutral = _begun(trial, [text for texts in trial.general.values() for text in texts], count)
         for sampling, options in SAMPLINGS.items():
@@ -57,7 +58,11 @@ def rows(*, fast: bool) -> Iterator[Row]:
             for text in texts:
                 result = measure(trial.model, single.fusion, windows_of(text), [variant])
                 losses.append(_of_written(result.nll[0], len(text)))
-            yield _row(f"{name}, {count} texts of {LENGTH} tokens", "loss under the own delta", *losses)
+            case, further = f"{name}, {count} texts of {LENGTH} tokens", losses[0] - losses[1]
+            means = (float(loss.mean()) for loss in losses)
+            yield _row(case, "loss under the own delta", *means)
+            error = float(further.std() / len(further) ** 0.5)
+            yield _row(case, "standard error of the difference of losses", error, None)
 
 
 def _begun(trial: Trial, documents: list[str], count: int) -> Tensor:
@@ -76,11 +81,10 @@ def _written(model: Any, begun: Tensor, seed: int, options: dict[str, Any]) -> T
         )  # fmt: skip
 
 
-def _of_written(nll: Tensor, count: int) -> float:
-    return float(nll.view(count, -1)[:, PROMPT - 1 :].double().mean())
+def _of_written(nll: Tensor, count: int) -> Tensor:
+    return nll.view(count, -1)[:, PROMPT - 1 :].double().mean(1)
 
 
-def _row(case: str, metric: str, ours: float, baseline: float) -> Row:
-    return {
-        "case": case, "metric": metric, "ours": ours, "baseline": baseline, "ratio": ours / baseline, "runs": 1,
-    }  # fmt: skip
+def _row(case: str, metric: str, ours: float, baseline: float | None) -> Row:
+    ratio = ours / baseline if baseline else None
+    return {"case": case, "metric": metric, "ours": ours, "baseline": baseline, "ratio": ratio, "runs": 1}
