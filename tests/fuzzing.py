@@ -75,6 +75,7 @@ def survive(name, reader, whole, tmp_path):
         else:
             assert reader.same is None or reader.same(found, undamaged), f"case {seed} of {name} is believed"
         assert time.process_time() - before < SECONDS, f"case {seed} of {name}"
+    print(f"{name}: {count} damaged, {refused} refused, {count - refused} read")
     assert refused >= reader.refused * count, (refused, count)
     assert {path.name for path in tmp_path.iterdir()} <= {"read", "again"}
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tether.cli.codes import run
 from tether.cli.output import emit, plain
 from tether.cli.progress import reporter
 from tether.errors import CertificateError, CheckpointError
+from tether.store.documents import write_documents
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"
 
@@ -172,6 +174,26 @@ def test_code_that_a_checkpoint_brings_is_not_run_and_nobody_is_asked(tether, tm
     assert "[y/N]" not in out + err
     assert sys.stdin.read() == "y\ny\ny\n"
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pattern_of_a_tokenizer_that_does_not_end_is_left_soon(tether, tmp_path):
+    tiny.backbone().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    content = json.loads((tmp_path / "base" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    write_documents(tmp_path / "text.jsonl", ["a" * 60 + "b " + text for text in tiny.documents("digits", 40, 1)])
+    before = time.process_time()
+    code, _, err = tether(
+        "learn", tmp_path / "base", "--text", tmp_path / "text.jsonl", "--base-text", tmp_path / "text.jsonl",
+        "--out", tmp_path / "out.delta",
+    )  # fmt: skip
+    assert code == 2, err
+    assert "tokenizer.json" in err
+    assert time.process_time() - before < 5
+    assert not (tmp_path / "out.delta").exists()
 
 
 @pytest.mark.slow
