@@ -7,6 +7,7 @@ from scipy import stats as scipy_stats
 from tether.errors import CertificateError, ConfigError
 from tether.stats import (
     bootstrap_mean,
+    bootstrap_quantile,
     clopper_pearson,
     mean_upper_bound,
     quantile_rank,
@@ -260,3 +261,29 @@ def test_probabilities_outside_their_range(wrong):
 def test_counts_that_cannot_be(successes, n):
     with pytest.raises(ConfigError, match="Check the counts"):
         clopper_pearson(successes, n, 0.95)
+
+
+def test_a_quantile_has_an_interval_over_documents():
+    rng = np.random.default_rng(1)
+    groups = np.repeat(np.arange(40), rng.integers(1, 60, size=40))
+    values = rng.normal(size=40)[groups] + 0.3 * rng.normal(size=len(groups))
+    found = bootstrap_quantile(values, groups, 0.9, 0.95, np.random.default_rng(0), resamples=4000)
+    assert found.estimate == np.quantile(values, 0.9, method="inverted_cdf")
+    # Oracle: whole documents drawn and put together, by numpy alone.
+    parts = [values[groups == number] for number in range(40)]
+    draws = [
+        np.quantile(
+            np.concatenate([parts[at] for at in rng.integers(40, size=40)]), 0.9, method="inverted_cdf"
+        )
+        for _ in range(4000)
+    ]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.1)
+    assert found.high == pytest.approx(high, abs=0.1)
+    order = rng.permutation(len(values))
+    again = bootstrap_quantile(
+        values[order], groups[order], 0.9, 0.95, np.random.default_rng(0), resamples=4000
+    )
+    assert again == found
+    with pytest.raises(ConfigError, match="quantile is 1"):
+        bootstrap_quantile(values, groups, 1.0, 0.95, rng)

@@ -11,6 +11,7 @@ from tether.errors import CertificateError, ConfigError
 __all__ = [
     "Interval",
     "bootstrap_mean",
+    "bootstrap_quantile",
     "clopper_pearson",
     "mean_upper_bound",
     "quantile_rank",
@@ -294,6 +295,59 @@ def bootstrap_mean(
         means[start : start + step] = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(totals.sum() / counts.sum()), float(low), float(high))
+
+
+def bootstrap_quantile(
+    values: npt.ArrayLike,
+    groups: npt.ArrayLike,
+    quantile: float,
+    confidence: float,
+    generator: np.random.Generator,
+    resamples: int = 1000,
+) -> Interval:
+    """Estimate a quantile of values and its interval by resampling whole documents.
+
+    Costs resamples x values; approximate, as ``bootstrap_mean`` is.
+
+    Args:
+        values: Shape ``(n,)``, for example one per token.
+        groups: Shape ``(n,)``, the document of each value, numbers or text.
+        quantile: Which, inside (0, 1): the smallest value that at least this share of the values does not exceed.
+        confidence: Coverage of the two-sided interval, inside (0, 1).
+        generator: Source of randomness.
+        resamples: How many draws.
+
+    Returns:
+        The quantile of all values and the ends of its interval, in the unit of the values.
+
+    Raises:
+        CertificateError: If there are fewer than 2 documents, or a value is not finite.
+        ConfigError: If values and groups have different lengths, or an argument is outside its range.
+
+    Reference:
+        Davison and Hinkley 1997, Bootstrap Methods, section 3.8 (resampling clusters).
+
+    Example:
+        >>> bootstrap_quantile([1.0, 1.0, 1.0], ["a", "a", "b"], 0.9, 0.95, np.random.default_rng(0))
+        Interval(estimate=1.0, low=1.0, high=1.0)
+    """  # noqa: DOC502 - CertificateError is raised by _totals
+    _check_probability("quantile", quantile)
+    _check_probability("confidence", confidence)
+    array = _vector(values)
+    _totals(array, groups)
+    order = np.argsort(array, kind="stable")
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    member, k = member[order], int(member.max()) + 1
+
+    def at_rank(times: npt.NDArray[np.int64]) -> float:
+        reached = np.cumsum(times[member])  # how many values there are up to each, with repeated documents
+        return float(array[order[np.searchsorted(reached, np.ceil(quantile * reached[-1]))]])
+
+    found = [
+        at_rank(np.bincount(generator.integers(k, size=k), minlength=k)) for _ in range(max(1, resamples))
+    ]
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(at_rank(np.ones(k, np.int64)), float(low), float(high))
 
 
 def _check_probability(name: str, value: float) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,11 +24,12 @@ from tether.delta.adapter_passes import Passes, grouped
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
 from tether.delta.cache import backbone_print
 from tether.delta.certificate import certify
+from tether.delta.declared import alone_figures
 from tether.delta.gate import Gate
 from tether.delta.verification import verify
 from tether.delta.windows import window_text
 from tether.errors import ConfigError
-from tether.store.documents import write_documents
+from tether.store.documents import text_hash, write_documents
 
 WINDOW = 3
 RULE = Rule(prior=0.6, restarts=(0.01, 0.1), choice=False, hold=2, grace=0, stay=1.0)
@@ -639,3 +642,31 @@ def test_a_copy_serves_too(served):
     again = copy.deepcopy(served)
     with torch.no_grad():
         assert_close(again(input_ids=ids).logits, served(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_each_adapter_is_measured_alone_on_the_text_of_its_budget(model, tokenizer):
+    documents = tiny.documents("words", 6, 3)
+    windows = window_text(documents, tokenizer, length=48)
+    texts = {"base": text_hash(documents)}
+    own = [made(model, name, seed) for seed, name in enumerate(["a", "b"])]
+    limited, rare = (replace(each, record=each.record | {"texts": texts}) for each in own)
+    rare.record["quantile"] = 0.9
+    served = serve(model, {limited: 1.0, made(model, "c", 2): 1.0, rare: 1.0}, rule=RULE)
+    found = alone_figures(served, windows, texts["base"], 0.95)
+    at = {}
+    for adapter in (limited, rare):
+        alone = serve(model, {adapter: 1.0}, by="sum", gated=False)
+        kl = []
+        for first, last in pairwise(windows.starts.tolist()):
+            ids = windows.input_ids[first:last].unsqueeze(0)
+            with torch.no_grad():
+                before, after = (
+                    each(input_ids=ids).logits.double().log_softmax(-1)[0] for each in (model, alone)
+                )
+            kl.append((before.exp() * (before - after)).sum(-1))
+        at[adapter.name] = torch.cat(kl)
+    assert {domain: set(figures) for domain, figures in found.items()} == {"a": {"budget"}, "b": {"budget"}}
+    assert found["a"]["budget"]["mean"] == pytest.approx(float(at["a"].mean()), rel=1e-4)
+    expected = float(at["b"].quantile(0.9, interpolation="higher"))
+    assert found["b"]["budget"]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert found["a"]["budget"]["low"] < found["a"]["budget"]["mean"] < found["a"]["budget"]["high"]

@@ -50,8 +50,18 @@ def windows():
     return window_text(GENERAL, tiny.tokenizer(), length=WINDOW)
 
 
+def kl_at_each_token(base, delta, windows):
+    """Oracle: KL of the softmax in float64, from two forward passes of each window."""
+    return drifts_at_each_token(base, delta, windows)[0]
+
+
 def drifts_alone(base, delta, windows):
-    """Oracle: mean KL of the softmax in float64, and mean drift of U, from two forward passes of each window."""
+    """Oracle: means of both drifts."""
+    return tuple(float(each.mean()) for each in drifts_at_each_token(base, delta, windows))
+
+
+def drifts_at_each_token(base, delta, windows):
+    """Oracle: KL of the softmax in float64, and drift of U, from two forward passes of each window."""
     single = fuse(base, {delta: 1.0}, by="sum", gated=False)
     kl, latent = [], []
     ends = windows.starts.tolist()
@@ -66,7 +76,7 @@ def drifts_alone(base, delta, windows):
         kl.append((before.exp() * (before - after)).sum(-1))
         # KL of Cauchy laws, log(((s1 + s2)^2 + (l1 - l2)^2) / (4 s1 s2)), with s1 = 1, l1 = 0, s2 = e^x, l2 = y.
         latent.append((((1 + x.exp()).square() + y.square()) / (4 * x.exp())).log().sum(-1))
-    return float(torch.cat(kl).mean()), float(torch.cat(latent).mean())
+    return torch.cat(kl), torch.cat(latent)
 
 
 @pytest.mark.parametrize("by", ["evidence", "sum"])
@@ -79,9 +89,16 @@ def test_each_delta_is_measured_alone_on_the_text_of_its_budget(base, windows, b
     }
     fused = fuse(base, deltas, by=by)
     found = alone_figures(fused, windows, text_hash(GENERAL), 0.95)
-    law, _, _, latent = deltas
+    law, _, rare, latent = deltas
     kl, drift = drifts_alone(base, law, windows)
-    assert found.keys() == {"law", "latent"}
+    assert found.keys() == {"law", "rare", "latent"}
+    assert found["rare"].keys() == {"budget"}
+    assert found["rare"]["budget"]["quantile"] == 0.95
+    at = kl_at_each_token(base, rare, windows)
+    assert found["rare"]["budget"]["mean"] == pytest.approx(
+        float(at.quantile(0.95, interpolation="higher")), rel=1e-4
+    )
+    assert found["rare"]["budget"]["low"] < found["rare"]["budget"]["mean"] < found["rare"]["budget"]["high"]
     assert found["law"]["budget"]["mean"] == pytest.approx(kl, rel=1e-4)
     assert found["law"]["latent_base"]["mean"] == pytest.approx(drift, rel=1e-4)
     assert found["law"]["budget"]["low"] < kl < found["law"]["budget"]["high"]
@@ -161,8 +178,12 @@ def test_an_edited_budget_in_the_checkpoint_is_found_by_measuring(copy, key):
     assert wrong.startswith(f"general: {what} is declared as")
 
 
-def test_an_edited_budget_in_a_delta_is_found_by_measuring(copy, base):
+@pytest.mark.parametrize("quantile", [None, 0.9])
+def test_an_edited_budget_in_a_delta_is_found_by_measuring(copy, base, windows, quantile):
     law = Delta.load(copy / "law.delta")
+    if quantile is not None:
+        at = kl_at_each_token(base, law, windows)
+        law.record.update(quantile=quantile, budget=float(at.quantile(quantile)))
     law.record["budget"] /= 10
     law.save(copy / "law.delta")
     fused = fuse(base, {Delta.load(copy / "law.delta"): 1.0})

@@ -289,7 +289,7 @@ def certify(
     quiet_libraries()
     from tether.causal.loading import load
     from tether.delta.certificate import certify as certify_model
-    from tether.delta.declared import broken
+    from tether.delta.declared import broken, metric_of
     from tether.delta.record import is_certificate
     from tether.store.documents import read_documents
     from tether.store.place import check_file, check_place
@@ -324,7 +324,7 @@ def certify(
         for line in (account_lines(name, row) if "parts" in row else [_sum_line(name, row)])
     ]
     lines += [
-        f"{name}: {domain} alone drifts by {found['mean']:.4g} nats ({found['metric']}), declared "
+        f"{name}: {domain} alone drifts by {found['mean']:.4g} nats ({metric_of(found)}), declared "
         f"{found['declared']:.4g}"
         for name, row in certificate.figures.items()
         for domain, declared in row["alone"].items()

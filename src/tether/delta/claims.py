@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 __all__ = ["CLAIMS", "SCHEMA_VERSION", "are_known"]
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
 5: the dtype; in half precision figures count how what is served is rounded. 6: fusions by evidence.
-7: budgets beside the drift of each delta alone, and signatures. 8: numbers."""
+7: budgets beside the drift of each delta alone, and signatures. 8: numbers.
+9: alone, limits of a quantile and adapters fused by evidence too."""
 
 CLAIMS = (
     "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
@@ -20,8 +21,9 @@ CLAIMS = (
     "same context, nor a leash in that metric; violations counts the contexts where it did.",
     "budgets: the mean latent drift that the deltas' own mean drifts on their base text allow their fusion, on text "
     "where each alone drifts no further in the mean ('tether theory plan'); on a domain's own text it is no promise.",
-    "alone: on the base text that a delta's budget was met on, the drift of that delta alone, beside what it declares; "
-    "a certificate does not hold where the measurement is clearly beyond it.",
+    "alone: on the base text that a delta's budget was met on, the drift of that delta alone, beside what it declares, "
+    "its mean, or its quantile where that is declared; a certificate does not hold where the measurement is clearly "
+    "beyond it.",
     "token_law: under causal sampling without truncation the KL of the token law to the base's is at most the latent "
     "drift of the context, total variation at most sqrt(drift / 2) and sqrt(1 - exp(-drift)), and with noise of its "
     "own at each position the KL of a text's law at most the expected sum over texts that the base writes; this does "
@@ -51,6 +53,7 @@ OLDER_CLAIMS = {
     5: "81091fbfe75211984466e191b45c9748bfd2260d811f5f7e8103caaacec49cf7",
     6: "fcd24f3537bfdc930c016d972a4b12fe6f92b43eecaebebd96b04495b8d18d27",
     7: "177b3799cd9371e30f7c2365bab73729f738d8283807204d0a6e45009020ca7e",
+    8: "25ccb6524b86d8a29b5304c21af81d197e7ef64f407fcada4215fde235580d28",
 }
 """Hashes of the claims of older schemas."""
 

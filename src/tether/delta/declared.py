@@ -1,15 +1,22 @@
 """What deltas declare of their drift, and the measurement that they are held to where their base text is at hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tether.causal.mixture import Mixture
+from tether.causal.walk import Reading
+from tether.delta.adapter_drift import adapter_drift
+from tether.delta.adapter_mixture import AdapterMixture
+from tether.delta.cache import hidden_states
 from tether.delta.fusion import fuse, unfuse
 from tether.delta.measure import Variant, measure
-from tether.delta.summary import mean_figures
+from tether.delta.summary import mean_figures, quantile_figures
 from tether.delta.windows import Windows
 
-__all__ = ["BEYOND", "alone_figures", "broken", "unmeasured"]
+__all__ = ["BEYOND", "alone_figures", "broken", "metric_of", "unmeasured"]
 
 BEYOND = 1.25
 """A declared drift is broken where the lower end of the measured mean's interval is above it by more than this factor.
@@ -32,7 +39,8 @@ def alone_figures(fused: Any, windows: Windows, documents: str, confidence: floa
 
     Returns:
         By domain and declared figure (`budget`, in its metric, and `latent_base`): metric, declared, mean, low and
-        high, in nats; the last two None where the text is one document. Each delta at weight 1, without its gate.
+        high, in nats; the last two None where the text is one document. Where the budget limits a quantile, `mean` is
+        that quantile and `quantile` says which. Each delta at weight 1, without its gate.
     """
     described = fused.config.fusion
     rows = [
@@ -42,41 +50,76 @@ def alone_figures(fused: Any, windows: Windows, documents: str, confidence: floa
     asked = {row: figures for row, figures in asked.items() if figures}
     if not asked or not _can_stand_alone(described):
         return {}
-    fusion = fused.fusion
-    if isinstance(fusion, Mixture):
-        base, deltas = unfuse(fused)
-        fusion = fuse(base, dict.fromkeys(deltas, 1.0), by="sum", gated=False).fusion
-    count = len(described["domains"])
-    single = [tuple(float(other == row) for other in range(count)) for row in asked]
-    result = measure(
-        fused, fusion, windows, [Variant(weights, "symmetric", gated=False) for weights in single]
-    )
-    numbers = result.documents.numpy()
+    drifts = _drifts_alone(fused, windows, list(asked))
+    numbers = windows.documents.numpy()
     found: dict[str, Any] = {}
     for at, (row, figures) in enumerate(asked.items()):
-        drifts = {"softmax": result.softmax_kl[at], "latent": result.latent_drift[at]}
         found[described["domains"][row]] = {
-            name: {"metric": metric, "declared": nats, **mean_figures(drifts[metric], numbers, confidence)}
-            for name, (metric, nats) in figures.items()
+            name: {"metric": metric, "declared": nats}
+            | (
+                mean_figures(drifts[metric][at], numbers, confidence)
+                if quantile is None
+                else quantile_figures(drifts[metric][at], numbers, quantile, confidence)
+            )
+            for name, (metric, nats, quantile) in figures.items()
         }
     return found
 
 
-# A quantile of a sample says little, and the Fisher form is another figure: those budgets are not compared.
-def _declared(budget: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    found = {}
-    if budget.get("budget") is not None and budget.get("quantile") is None:
-        found["budget"] = (str(budget.get("metric")), budget["budget"])
+# Metric, nats and quantile of what a delta declares. The Fisher form is of the fit's own contexts: it is not compared.
+def _declared(budget: Mapping[str, Any]) -> dict[str, tuple[str, float, float | None]]:
+    found: dict[str, tuple[str, float, float | None]] = {}
+    if budget.get("budget") is not None:
+        found["budget"] = (str(budget.get("metric")), budget["budget"], budget.get("quantile"))
     if budget.get("latent_base") is not None:
-        found["latent_base"] = ("latent", budget["latent_base"])
-    return {name: pair for name, pair in found.items() if pair[0] in ("softmax", "latent")}
+        found["latent_base"] = ("latent", budget["latent_base"], None)
+    return {name: figure for name, figure in found.items() if figure[0] in ("softmax", "latent")}
 
 
-# Adapters by evidence and a router's deltas act only together.
+# A router's deltas act only together.
 def _can_stand_alone(described: Mapping[str, Any]) -> bool:
-    return not described.get("router") and (
-        described.get("kind") != "adapters" or described.get("by") != "evidence"
-    )
+    return not described.get("router")
+
+
+# Drift at each token of some domains alone, in both metrics, shape (rows, n) each.
+def _drifts_alone(fused: Any, windows: Windows, rows: Sequence[int]) -> dict[str, Tensor]:
+    fusion = fused.fusion
+    if isinstance(fusion, AdapterMixture):
+        return _adapters_alone(fused, windows, rows)
+    if isinstance(fusion, Mixture):
+        base, deltas = unfuse(fused)
+        fusion = fuse(base, dict.fromkeys(deltas, 1.0), by="sum", gated=False).fusion
+    count = len(fused.config.fusion["domains"])
+    single = [tuple(float(other == row) for other in range(count)) for row in rows]
+    variants = [Variant(weights, "symmetric", gated=False) for weights in single]
+    result = measure(fused, fusion, windows, variants)
+    return {"softmax": result.softmax_kl, "latent": result.latent_drift}
+
+
+@torch.no_grad()
+def _adapters_alone(fused: Any, windows: Windows, rows: Sequence[int]) -> dict[str, Tensor]:
+    mixture, width = fused.fusion, fused.fusion.hidden_size
+    found = {
+        metric: torch.zeros(len(rows), len(windows.input_ids), device=fused.device)
+        for metric in ("softmax", "latent")
+    }
+    for batch in windows.batches(8):
+        states = hidden_states(fused, batch, ()).to(fused.device)
+        mask = batch.mask.to(states.device)
+        places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        awake = torch.zeros(*mask.shape, len(mixture.domains), dtype=torch.bool, device=mask.device)
+        awake[..., list(rows)] = True
+        values = None if batch.numeric_values is None else batch.numeric_values.to(mask.device)
+        reading = Reading(
+            states, mask, places, batch.input_ids.to(mask.device), values, fused.config.num_token_id
+        )
+        features = mixture.read(reading, awake, None).features[mask]
+        where = windows.positions(batch).to(mask.device)
+        for at, row in enumerate(rows):
+            adapted = features[:, width * (1 + row) : width * (2 + row)]
+            for metric, drifts in found.items():
+                drifts[at, where] = adapter_drift(metric, fused, features[:, :width], adapted).float()
+    return {metric: drifts.cpu() for metric, drifts in found.items()}
 
 
 def broken(
@@ -112,6 +155,19 @@ def broken(
     return wrong
 
 
+def metric_of(found: Mapping[str, Any]) -> str:
+    """Say what a declared drift is in.
+
+    Args:
+        found: one of `alone_figures`, or a budget of the fusion in that form.
+
+    Returns:
+        The metric, with the quantile where that is limited.
+    """
+    quantile = found.get("quantile")
+    return str(found["metric"]) if quantile is None else f"{found['metric']}, {100 * quantile:g} % quantile"
+
+
 def _is_beyond(found: Mapping[str, Any]) -> bool:
     if found["low"] is None:
         return bool(found["mean"] > BEYOND_ALONE * found["declared"])
@@ -120,7 +176,7 @@ def _is_beyond(found: Mapping[str, Any]) -> bool:
 
 def _beyond(text: str, what: str, found: Mapping[str, Any]) -> str:
     return (
-        f"{text}: {what} is declared as {found['declared']:.4g} nats ({found['metric']}), measured {found['mean']:.4g} "
+        f"{text}: {what} is declared as {found['declared']:.4g} nats ({metric_of(found)}), measured {found['mean']:.4g} "
         "on the text that it was met on"
     )
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from tether.delta.measure import Measurement
 from tether.delta.token_law import token_law_figures
 from tether.errors import CertificateError
-from tether.stats import bootstrap_mean, quantile_upper_bound, samples_needed
+from tether.stats import bootstrap_mean, bootstrap_quantile, quantile_upper_bound, samples_needed
 
-__all__ = ["mean_figures", "spread_figures", "summarise"]
+__all__ = ["mean_figures", "quantile_figures", "spread_figures", "summarise"]
 
 TOLERANCE = 1e-5
 """Relative rounding allowed when a float32 drift, a sum over hundreds of dimensions, meets its bound."""
@@ -77,6 +77,26 @@ def mean_figures(values: Tensor, documents: Any, confidence: float) -> dict[str,
         return {"mean": float(double.mean()), "low": None, "high": None}
     interval = bootstrap_mean(double, documents, confidence, np.random.default_rng(0))
     return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def quantile_figures(values: Tensor, documents: Any, quantile: float, confidence: float) -> dict[str, Any]:
+    """Give a quantile of the values with its interval over the draw of documents, in the form of `mean_figures`.
+
+    Args:
+        values: shape (n,).
+        documents: document of each, shape (n,).
+        quantile: which, in (0, 1).
+        confidence: of the interval.
+
+    Returns:
+        quantile; mean, which holds the quantile's value, low and high; the last two None where there is one document.
+    """
+    double = values.double().numpy()
+    if len(np.unique(documents)) < 2:
+        rank = int(np.ceil(quantile * len(double))) - 1
+        return {"quantile": quantile, "mean": float(np.sort(double)[rank]), "low": None, "high": None}
+    interval = bootstrap_quantile(double, documents, quantile, confidence, np.random.default_rng(0))
+    return {"quantile": quantile, "mean": interval.estimate, "low": interval.low, "high": interval.high}
 
 
 def spread_figures(values: Tensor, documents: Any, quantile: float, confidence: float) -> dict[str, Any]:

@@ -36,6 +36,8 @@ ADDED = {
 """Figures that certificates of older schemas do not have."""
 WHOLE = 3
 """Up to this schema the document that reached the limit of tokens was measured whole."""
+MEANS = 8
+"""Up to this schema `alone` held means of deltas, and of adapters fused as a sum."""
 TOLERANCE = 2e-3
 """Relative difference allowed between two computations of a figure: another number of threads, another CPU."""
 
@@ -203,8 +205,21 @@ def _figures_again(
         )
         unknown = ADDED.get(certificate.schema_version, ())
         again = {key: value for key, value in again.items() if key not in unknown}
+        if "alone" in again and certificate.schema_version <= MEANS:
+            again["alone"] = _means(again["alone"], certificate.fusion)
         wrong += _differences(stated, again, f"{name}")
     return wrong
+
+
+# What was measured of each delta alone before quantiles and adapters by evidence were.
+def _means(alone: dict[str, Any], fusion: dict[str, Any]) -> dict[str, Any]:
+    if fusion.get("kind") == "adapters" and fusion.get("by") == "evidence":
+        return {}
+    kept = {
+        domain: {name: figures for name, figures in declared.items() if "quantile" not in figures}
+        for domain, declared in alone.items()
+    }
+    return {domain: declared for domain, declared in kept.items() if declared}
 
 
 def _not_written(fused: Any, written: Written, begun: Written, chosen: Settings, name: str) -> list[str]:
