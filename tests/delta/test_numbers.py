@@ -1,6 +1,7 @@
 """Deltas, adapters and certificates of a model that reads numbers: what is measured is what is served."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tether.causal.checkpoint import save_checkpoint
 from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numerals import find_numbers
+from tether.cli.accounted import value_lines
 from tether.delta.adapter_learning import learn_adapter
 from tether.delta.adapter_serving import serve
 from tether.delta.adapter_training import AdapterFit
@@ -20,6 +22,7 @@ from tether.delta.certificate import Certificate, certify
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
+from tether.delta.ledger import keep_ledger
 from tether.delta.shards import cache_shards, cached, load_shards
 from tether.delta.verification import verify
 from tether.delta.windows import reader, window_text
@@ -148,3 +151,27 @@ def test_a_certificate_holds_with_numbers_that_the_model_wrote(numeric, delta, t
     written["values"][row][place] += 0.012 * (1 + abs(written["values"][row][place]))
     path.write_text(json.dumps(Certificate(**content).sealed().model_dump(mode="json")))
     assert verify(path) == ["digits.continuations: 1 tokens are not what the model writes"]
+
+
+@pytest.mark.parametrize("by", ["evidence", "sum"])
+def test_the_ledger_says_what_happened_to_numbers(numeric, delta, by):
+    fused = fuse(numeric, {delta: 1.0}, by=by)
+    found = keep_ledger(fused, tiny.tokenizer(), TEXT, window=64, tokens=600)["values"]
+    windows = window_text(TEXT, reader(numeric, tiny.tokenizer()), length=64, tokens=600)
+    errors = {"before": [], "after": []}
+    for first, last in pairwise(windows.starts.tolist()):
+        ids, values = windows.input_ids[None, first:last], windows.numeric_values[None, first:last]
+        at = (ids[0, 1:] == numeric.config.num_token_id).nonzero().squeeze(-1)
+        for when, model in (("before", numeric), ("after", fused)):
+            with torch.no_grad():
+                expected = model(input_ids=ids, numeric_values=values, mode="softmax").value_loc.reshape(-1)[
+                    at
+                ]
+            errors[when].append((model.action.number(expected) - values[0, 1:][at]).abs())
+    assert found["numbers"] == sum(map(len, errors["before"])) > 50
+    for when, parts in errors.items():
+        assert found[f"median_error_{when}"] == pytest.approx(float(torch.cat(parts).median()), rel=1e-4)
+    assert found["drift"] > 0
+    (line,) = value_lines("this text", found)
+    assert f"median error of {found['numbers']} numbers is {found['median_error_after']:.4g}" in line
+    assert value_lines("this text", {"numbers": 0}) == []

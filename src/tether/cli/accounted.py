@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["account_lines", "fare_lines"]
+__all__ = ["account_lines", "fare_lines", "value_lines"]
 
 
 def account_lines(name: str, row: Mapping[str, Any]) -> list[str]:
@@ -72,3 +72,21 @@ def fare_lines(fares: Mapping[str, Any], without: list[str]) -> list[str]:
             f"Not compared: {', '.join(without)}; the delta carries no documents. Give some with --check DOMAIN=FILE."
         )
     return lines
+
+
+def value_lines(name: str, values: Mapping[str, Any]) -> list[str]:
+    """Say what happened to the numbers of one text.
+
+    Args:
+        name: of the text.
+        values: figures from `tether.delta.values.value_figures`.
+
+    Returns:
+        One line, or none where the text has no numbers.
+    """
+    if not values["numbers"]:
+        return []
+    return [
+        f"{name}: the median error of {values['numbers']:,} numbers is {values['median_error_after']:.4g}, the base's "
+        f"{values['median_error_before']:.4g}; their law is {values['drift']:.4g} nats from the base's."
+    ]

@@ -81,7 +81,9 @@ def _stopped(error: BaseException) -> int:
     if type(error).__name__ == "PanicException":
         # Rust libraries end so on what they cannot read; it is no Exception, and nothing else tells what it is.
         said = plain(str(error)).splitlines()[0] if str(error) else "no reason given"
-        tell(f"a library gave up on a file ({said}); if it is a pattern, then that of tokenizer.json: take another base")
+        tell(
+            f"a library gave up on a file ({said}); if it is a pattern, then that of tokenizer.json: take another base"
+        )
         return UNUSABLE
     return _fault(error)
 

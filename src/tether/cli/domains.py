@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether.cli.accounted import account_lines
+from tether.cli.accounted import account_lines, value_lines
 from tether.cli.adapters import fuse_adapters, learn_adapter
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries, tell
@@ -330,12 +330,7 @@ def certify(
         for domain, declared in row["alone"].items()
         for found in declared.values()
     ]
-    lines += [
-        f"{name}: median error of {values['numbers']:,} numbers {values['median_error_before']:.4g} -> "
-        f"{values['median_error_after']:.4g}, their law drifts by {values['drift']:.4g} nats"
-        for name, row in certificate.figures.items()
-        if (values := row["values"])["numbers"]
-    ]
+    lines += [line for name, row in certificate.figures.items() for line in value_lines(name, row["values"])]
     emit(certificate.model_dump(mode="json"), as_json, "\n".join([*lines, f"certificate: {out}"]))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tether.cli.accounted import account_lines, fare_lines
+from tether.cli.accounted import account_lines, fare_lines, value_lines
 from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.progress import reporter
 from tether.errors import CertificateError, ConfigError
@@ -38,7 +38,7 @@ def ledger(
         figures = keep_ledger(
             model, tokenizer, documents, next_drift=next_drift, tokens=tokens, on_step=steps("accounting")
         )
-    emit(figures, as_json, "\n".join(_lines(figures)))
+    emit(figures, as_json, "\n".join([*_lines(figures), *value_lines("this text", figures["values"])]))
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:

@@ -176,8 +176,8 @@ def _is_beyond(found: Mapping[str, Any]) -> bool:
 
 def _beyond(text: str, what: str, found: Mapping[str, Any]) -> str:
     return (
-        f"{text}: {what} is declared as {found['declared']:.4g} nats ({metric_of(found)}), measured {found['mean']:.4g} "
-        "on the text that it was met on"
+        f"{text}: {what} is declared as {found['declared']:.4g} nats ({metric_of(found)}), measured "
+        f"{found['mean']:.4g} on the text that it was met on"
     )
 
 

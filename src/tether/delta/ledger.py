@@ -21,6 +21,7 @@ from tether.delta.measure import Variant, measure
 from tether.delta.planned import budget_figures
 from tether.delta.regret import account_figures
 from tether.delta.shares import shares
+from tether.delta.values import served_values
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import CertificateError, ConfigError
 from tether.store.documents import documents_of
@@ -78,8 +79,8 @@ def keep_ledger(
     """Account for the drift of a fused model on a text.
 
     The weights that are served are hashed first, and must be those that the config names
-    (`tether.causal.fingerprint.fingerprint`). Cost: that and one backbone pass; for N deltas and n contexts about
-    10 N n C, and up to `PAIRED` deltas N^2 n C for pairs.
+    (`tether.causal.fingerprint.fingerprint`). Cost: that and one backbone pass (three where there are numbers); for N
+    deltas and n contexts about 10 N n C, and up to `PAIRED` deltas N^2 n C for pairs.
 
     Args:
         fused: a fused model.
@@ -93,7 +94,8 @@ def keep_ledger(
     Returns:
         JSON-able figures, means over contexts, latent drift in nats unless said otherwise:
 
-        For a fusion by evidence what `tether.delta.regret.account_figures` gives. For a sum:
+        `values`: what happened to the numbers of the text (`tether.delta.values.value_figures`). Beside it, for a
+        fusion by evidence what `tether.delta.regret.account_figures` gives; for a sum:
 
         - `domains`: for each its weight, budget, how often its gate is open, `alone` (its drift at its weight),
           `share` (they add up to the fusion's drift), `removal` (by how much its removal lowers the drift);
@@ -129,6 +131,7 @@ def keep_ledger(
             "by": "evidence",
             "allowance": fused.config.fusion.get("allowance"),
             **account_figures(fusion, found),
+            "values": served_values(fused, windows),
         }
     sums = _accumulate(fused, fusion, windows, next_drift)
     count = len(windows.input_ids)
@@ -168,6 +171,7 @@ def keep_ledger(
         "allowance": allowance,
         "room": min((room(total, limit, fusion.chart) for limit in limits), default=None),
         "next": None if next_drift is None else {"drift": next_drift, "allowed": mean["next"]},
+        "values": served_values(fused, windows),
     }
 
 
