@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tether.errors import CheckpointError
 from tether.merge.floats import BYTES
 from tether.store.reader import CheckpointReader
+from tether.store.system import open_binary, read_at
 
 __all__ = ["BLOCK", "Files", "Seen", "block_bytes", "hash_array", "read_extra"]
 
@@ -83,9 +84,9 @@ class Files:
             with self._lock:
                 descriptor = self._open.get(file)
                 if descriptor is None:
-                    descriptor = self._open[file] = os.open(file, os.O_RDONLY)
+                    descriptor = self._open[file] = open_binary(file, os.O_RDONLY)
             while rest:
-                count = os.preadv(descriptor, [rest], offset)
+                count = read_at(descriptor, rest, offset)
                 if not count:
                     raise OSError(f"it ends {len(rest)} bytes early")
                 rest, offset = rest[count:], offset + count

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, final
 from tether.errors import CheckpointError
 from tether.files import read_bytes
 from tether.reading import parse_json
+from tether.store.system import open_binary
 
 __all__ = ["Journal", "Written"]
 
@@ -51,7 +52,7 @@ class Journal:
         self._lock = threading.Lock()
         content = read_bytes(path, JOURNAL_BYTES) if path.exists() and not fresh else b""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = open_binary(path, flags)
         # A torn last line must not swallow the next one.
         if content and not content.endswith(b"\n"):
             os.write(self._descriptor, b"\n")

@@ -1,17 +1,18 @@
 """Where a result grows: a hidden folder beside its final name that outlives a crash and is renamed when whole."""
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tether.errors import CheckpointError, ConfigError
 from tether.store.publish import write_json
+from tether.store.system import alone_with, flush
 
 __all__ = ["Staging", "refuse_occupied", "staged"]
+
+_LOCK: Final = "lock"
 
 
 class Staging(NamedTuple):
@@ -47,15 +48,19 @@ class Staging(NamedTuple):
             ConfigError: If the name was taken meanwhile.
         """  # noqa: DOC502 - raised by refuse_occupied
         for path in sorted(self.model.rglob("*")):
-            _flush(path)
-        _flush(self.model)
+            flush(path)
+        flush(self.model)
         refuse_occupied(self.final)
+        if self.final.exists():
+            self.final.rmdir()  # it is empty, and not every system renames over it
         self.model.rename(self.final)
-        _flush(self.final.parent)
+        flush(self.final.parent)
 
     def discard(self) -> None:
-        """Remove what was made, finished or not."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was made, finished or not; the folder itself goes when nobody works in it any more."""
+        for path in self.folder.iterdir():
+            if path.name != _LOCK:
+                _remove(path)
 
 
 def refuse_occupied(final: Path) -> None:
@@ -100,26 +105,24 @@ def staged(final: Path, digest: str, needed: int) -> Iterator[Staging]:
     folder = final.with_name(f".{final.name}.merge")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"{final.parent} cannot be written to ({error}). Choose another place.") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another process is merging into {final}; wait for it, or choose another"
-            ) from error
-        staging = _take_up(Staging(final, folder), digest)
-        there = sum(path.stat().st_blocks * 512 for path in staging.model.rglob("*"))
-        free = shutil.disk_usage(folder).free
-        if needed - there > free:
-            raise CheckpointError(
-                f"{final} needs {needed} bytes, but the disk has {free} free. Free some space, or choose another place."
-            )
-        yield staging
+        with alone_with(
+            folder / _LOCK, f"another process is merging into {final}; wait for it, or choose another"
+        ):
+            staging = _take_up(Staging(final, folder), digest)
+            there = sum(_on_disk(path) for path in staging.model.rglob("*"))
+            free = shutil.disk_usage(folder).free
+            if needed - there > free:
+                raise CheckpointError(
+                    f"{final} needs {needed} bytes, but the disk has {free} free. Free some space, or choose another "
+                    "place."
+                )
+            yield staging
     finally:
-        os.close(lock)
+        if {path.name for path in folder.iterdir()} <= {_LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _take_up(staging: Staging, digest: str) -> Staging:
@@ -127,15 +130,19 @@ def _take_up(staging: Staging, digest: str) -> Staging:
     begun = mark.is_file() and mark.read_bytes().strip() == f'"{digest}"'.encode()
     if not begun:
         for path in staging.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name != _LOCK:
+                _remove(path)
         write_json(mark, digest)
     staging.model.mkdir(exist_ok=True)
     return staging
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# What a file takes of the disk: one that has been given its size may be filled in part.
+def _on_disk(path: Path) -> int:
+    found = path.stat()
+    blocks = getattr(found, "st_blocks", None)
+    return found.st_size if blocks is None else blocks * 512

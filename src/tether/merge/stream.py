@@ -21,6 +21,7 @@ from tether.merge.plan import Plan
 from tether.merge.planner import TensorPlan
 from tether.merge.recipe import BASE
 from tether.merge.staging import Staging
+from tether.store.system import open_binary, read_at, write_at
 
 __all__ = ["stream"]
 
@@ -95,10 +96,10 @@ def stream(
 
 def _open_outputs(plan: Plan, staging: Staging, outputs: list[int]) -> None:
     for shard in plan.shards:
-        descriptor = os.open(staging.model / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_binary(staging.model / shard.name, os.O_RDWR | os.O_CREAT)
         outputs.append(descriptor)
         os.ftruncate(descriptor, shard.bytes)
-        os.pwrite(descriptor, shard.header, 0)
+        write_at(descriptor, shard.header, 0)
 
 
 @final
@@ -209,14 +210,12 @@ class _Worker:
 
     def _hash(self, place: Place) -> str:
         digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_CHUNK, place.bytes)))
         for start in range(0, place.bytes, _CHUNK):
-            digest.update(
-                os.pread(self.outputs[place.shard], min(_CHUNK, place.bytes - start), place.start + start)
-            )
+            part = buffer[: min(_CHUNK, place.bytes - start)]
+            count = read_at(self.outputs[place.shard], part, place.start + start)
+            digest.update(part[:count])
         return digest.hexdigest()
 
     def _write(self, place: Place, offset: int, data: memoryview) -> None:
-        start = place.start + offset
-        while data:
-            count = os.pwrite(self.outputs[place.shard], data, start)
-            data, start = data[count:], start + count
+        write_at(self.outputs[place.shard], data, place.start + offset)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import numbers
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from tether.files import is_plain, read_bytes
 from tether.reading import JSON_BYTES, Strict, parse_as
 from tether.store.hashing import sha256_file
 from tether.store.publish import publish_file
+from tether.store.system import flush
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -140,7 +140,7 @@ def describe_outputs(folder: Path, stage: str, outputs: Iterable[Path]) -> dict[
             missing.append(str(output))
         for file in files:
             # The record must not reach the disk before what it vouches for.
-            _flush(file)
+            flush(file)
             described[_known_as(folder, file)] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
     if missing:
         raise CheckpointError(
@@ -266,11 +266,3 @@ def _plain(value: Any) -> int | float:
     if isinstance(value, numbers.Real):
         return float(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,10 +1,9 @@
 """The run itself: who may work in the folder, and which stages are still to do."""
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ from tether.runs.record import (
     write_record,
 )
 from tether.runs.usage import Usage
+from tether.store.system import alone_with
 
 __all__ = ["Run", "RunHistory", "read_run"]
 
@@ -81,10 +81,12 @@ class Run:
             ) from error
         self._config_hash = hash_json(self._config)
         self._stage: str | None = None
-        self._lock: int | None = None
+        self._lock: ExitStack | None = None
 
     def __enter__(self) -> "Run":
-        self._lock = _take_lock(self._folder)
+        lock = ExitStack()
+        lock.enter_context(_lock_of(self._folder))
+        self._lock = lock
         try:
             clean_temporaries(self._folder)
             if (self._folder / CONFIG).exists():
@@ -104,7 +106,7 @@ class Run:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     @property
@@ -282,7 +284,8 @@ def read_run(folder: str | PathLike[str]) -> RunHistory:
     return RunHistory(config, stages, read_metrics(folder / METRICS))
 
 
-def _take_lock(folder: Path) -> int:
+# Checks the folder; the lock is taken when what is returned is entered.
+def _lock_of(folder: Path) -> AbstractContextManager[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -294,23 +297,8 @@ def _take_lock(folder: Path) -> int:
             f"{folder} is not the folder of a run, but holds {len(foreign)} other files or folders, such as "
             f"{min(foreign)}. Expected a new or empty folder, or that of an earlier run. Choose another one."
         )
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ConfigError(
-            f"run folder {folder} cannot be written to ({error}). Choose another folder."
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        # The holder writes its number after it has the lock, so it may be missing for a moment.
-        holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "of unknown number"
-        os.close(descriptor)
-        raise ConfigError(
-            f"run folder {folder} is in use by process {holder}; expected one process at a time. Wait until "
-            "it has ended, or choose another folder."
-        ) from error
-    # For that message only; it is the lock that counts.
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
+    return alone_with(
+        folder / _LOCK,
+        f"run folder {folder} is in use by another process; expected one process at a time. Wait until it has ended, "
+        "or choose another folder.",
+    )

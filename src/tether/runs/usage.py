@@ -1,11 +1,18 @@
 """What a block of code costs: processor time, clock time, memory."""
 
-import resource
+import os
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import final
+from typing import Any, final
+
+import psutil
+
+# Windows has no such module.
+resource: Any = import_module("resource") if find_spec("resource") else None
 
 __all__ = ["Usage"]
 
@@ -46,17 +53,24 @@ class Usage:
 
 
 def _cpu_seconds() -> float:
+    if resource is None:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    return float(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime)
 
 
 def _peak_rss_bytes() -> int:
+    if resource is None:
+        # Windows keeps no account of children that have ended.
+        found = psutil.Process().memory_info()
+        return int(getattr(found, "peak_wset", found.rss))
     unit = 1 if sys.platform == "darwin" else 1024
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    children = int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * unit
     status = Path("/proc/self/status")
     if status.exists():
         # ru_maxrss starts at the size of the parent at the fork; this one starts at the exec.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return max(int(line.split()[1]) * 1024, children)
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, children)
+    return max(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit, children)

@@ -110,7 +110,7 @@ def write_documents(path: Path, documents: Sequence[str]) -> None:
     """
     with publish_file(path) as target:
         lines = (json.dumps({"text": document}, ensure_ascii=False) for document in documents)
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
 
 
 def text_hash(documents: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.errors import CheckpointError, ConfigError
+from tether.store.system import flush, is_running
 
 __all__ = ["clean_stale", "publish_file", "publish_folder", "write_json"]
 
@@ -66,19 +67,21 @@ def publish_folder(
         for folder, _, files in os.walk(temporary, topdown=False):
             for file in files:
                 _allow(Path(folder, file), mode)
-                _flush(Path(folder, file))
-            _flush(Path(folder))
+                flush(Path(folder, file))
+            flush(Path(folder))
         _refuse_occupied(final, replace)
         try:
             if replace and final.exists():
                 _swap(temporary, final)
             else:
+                if final.is_dir():
+                    final.rmdir()  # it is empty, and not every system renames over it
                 temporary.rename(final)
         except OSError:
             # Another writer may have published the name since the check.
             _refuse_occupied(final, replace)
             raise
-        _flush(final.parent)
+        flush(final.parent)
 
 
 @contextmanager
@@ -111,9 +114,9 @@ def publish_file(final: str | PathLike[str], *, needed: int | None = None) -> It
                 "the path that publish_file yields."
             )
         _allow(temporary, _new_mode(final))
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(final)
-        _flush(final.parent)
+        flush(final.parent)
 
 
 def write_json(path: str | PathLike[str], obj: Any) -> None:
@@ -234,7 +237,7 @@ def _swap(temporary: Path, final: Path) -> None:
         aside.rename(final)
         raise
     # The old folder goes only once the disk holds the new name.
-    _flush(final.parent)
+    flush(final.parent)
     _remove(aside)
 
 
@@ -242,7 +245,7 @@ def _clean(folder: Path, name: str | None) -> tuple[Path, ...]:
     cleaned = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         leftover = _LEFTOVER.fullmatch(path.name)
-        if leftover is None or name not in {None, leftover["name"]} or _runs(int(leftover["pid"])):
+        if leftover is None or name not in {None, leftover["name"]} or is_running(int(leftover["pid"])):
             continue
         published = path.with_name(leftover["name"])
         if leftover["kind"] == "old" and not published.exists():
@@ -253,16 +256,6 @@ def _clean(folder: Path, name: str | None) -> tuple[Path, ...]:
             _remove(path)
         cleaned.append(path)
     return tuple(cleaned)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # The permissions that a new file gets beside a published one. Asking for the umask would change it for all threads.
@@ -280,16 +273,6 @@ def _new_mode(final: Path) -> int:
 def _allow(path: Path, mode: int) -> None:
     if not path.is_symlink() and path.stat().st_mode & _FILE != mode:
         path.chmod(mode)
-
-
-def _flush(path: Path) -> None:
-    if path.is_symlink():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
