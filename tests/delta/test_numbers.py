@@ -154,7 +154,18 @@ def test_a_certificate_holds_with_numbers_that_the_model_wrote(numeric, delta, t
 
 
 @pytest.mark.parametrize("by", ["evidence", "sum"])
-def test_the_ledger_says_what_happened_to_numbers(numeric, delta, by):
+def test_the_ledger_says_what_happened_to_numbers(by):
+    numeric = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    numeric.add_numbers(tiny.tokenizer())
+    delta = learn_delta(
+        numeric,
+        tiny.tokenizer(),
+        TEXT,
+        base_texts=tiny.documents("words", 12),
+        window=64,
+        gate=False,
+        epochs=1,
+    )
     fused = fuse(numeric, {delta: 1.0}, by=by)
     found = keep_ledger(fused, tiny.tokenizer(), TEXT, window=64, tokens=600)["values"]
     windows = window_text(TEXT, reader(numeric, tiny.tokenizer()), length=64, tokens=600)

@@ -119,7 +119,7 @@ def frontier(action: Any, loc: Tensor, scale: float, targets: Tensor) -> list[Po
         # expected to fire, V scale_S / pi above the scores.
         peak = len(own) * max(size, middle) / torch.pi
         choices += [(*noise, "constant", peak * by) for by in (0.1, 1.0)]
-    sums = torch.zeros(len(choices), 3, dtype=torch.float64)
+    sums = torch.zeros(len(choices), 3, dtype=torch.float64, device=loc.device)
     for start in range(0, len(loc), ROWS):
         logits = action.linear_scores(loc[start : start + ROWS]).float()
         log_normaliser = logits[:, :1] - torch.log_softmax(logits, dim=-1)[:, :1]

@@ -81,7 +81,7 @@ def account(
             layers = tuple(model.fusion.layers)
             if layers not in states:
                 states[layers] = hidden_states(model, batch, layers)
-            sink.take(states[layers].to(model.action.weight.device), batch)
+            sink.take(states[layers], batch)
         done += int(batch.mask.sum())
         if on_step:
             on_step({"done": done, "total": total})

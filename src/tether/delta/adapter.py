@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,9 @@ class Attached:
         self.slots: dict[str, str] = {}
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(model.backbone.config, trust_remote_code=False)
-        setattr(shell, shell.base_model_prefix, frozen_twin(model.backbone))
+        copies: dict[int, Any] = {}
+        setattr(shell, shell.base_model_prefix, frozen_twin(model.backbone, copies))
+        self._shared = [(module, copies[id(module)]) for module in model.backbone.modules()]
         # PEFT draws from the global generator; it is put back, and the draw is replaced.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for a property under its old name.
@@ -230,7 +232,11 @@ class Attached:
         if generator is not None:
             for key, values in sorted(self.peft.named_parameters()):
                 if f"lora_A.{self.slot(name)}" in key:
-                    nn.init.kaiming_uniform_(values, a=5**0.5, generator=generator)
+                    # Drawn on the CPU, so that a seed gives the same start on every device.
+                    start = torch.empty(values.shape)
+                    nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+                    with torch.no_grad():
+                        values.copy_(start)
 
     @staticmethod
     def of(model: Any, adapters: Mapping[str, Adapter]) -> "Attached":
@@ -264,6 +270,22 @@ class Attached:
             set_peft_model_state_dict(made.peft, adapter.tensors, adapter_name=made.slot(name))
         made.peft.eval().requires_grad_(False)
         return made
+
+    def follow(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Move with the backbone, whose weights have just been moved: share them again, and move the adapters.
+
+        Args:
+            move: what was done to each tensor, for example to bring it to a device.
+        """
+        for module, twin in self._shared:
+            for name, values in module.named_parameters(recurse=False):
+                twin.register_parameter(name, nn.Parameter(values.detach(), requires_grad=False))
+            for name, values in module.named_buffers(recurse=False):
+                setattr(twin, name, values)
+        for module in self.peft.modules():
+            for part in ("lora_A", "lora_B"):
+                if isinstance(adapters := getattr(module, part, None), nn.ModuleDict):
+                    adapters._apply(move)
 
     def slot(self, name: str) -> str:
         """Give the name that PEFT knows an adapter under: a domain's own may hold dots, or letters of PEFT's.
@@ -324,19 +346,19 @@ def _bare(config: Any) -> Any:
     return config
 
 
-def frozen_twin(module: nn.Module) -> Any:
+def frozen_twin(module: nn.Module, copies: dict[int, Any] | None = None) -> Any:
     """Copy a module without its weights: own Parameter objects, which need no gradient, on the same storage.
 
     What is done to the twin, frozen, trained around or given adapters, does not reach the module.
 
     Args:
         module: any module.
+        copies: is filled with what was made of each part, by the part's `id`.
 
     Returns:
         The twin.
     """
-    shared: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()
-    }
+    shared = {} if copies is None else copies
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     shared |= {id(buffer): buffer for buffer in module.buffers()}
     return copy.deepcopy(module, shared)

@@ -1,5 +1,6 @@
 """The backbone of a model served with adapters: one pass without and one with each, side by side as features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from tether.causal.fused import Fusion
 from tether.delta.adapter import Attached
 
-__all__ = ["AdaptedBackbone", "AdapterFusion"]
+__all__ = ["AdaptedBackbone", "AdapterFusion", "but_meta"]
 
 
 class AdapterFusion(Fusion):
@@ -30,6 +31,10 @@ class AdapterFusion(Fusion):
             super().__init__(head.loc.in_features, head.loc.out_features, description)
         self.kept: tuple[Any] = (abduction,)  # not a submodule: it is the model's
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterFusion":
+        super()._apply(but_meta(fn), recurse)
+        return self
+
     def deltas(self, hidden_states: Tensor, log_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Express each adapter's change of the hidden state as a move of the law of U.
 
@@ -46,6 +51,18 @@ class AdapterFusion(Fusion):
         adapted = hidden_states[..., width:].unflatten(-1, (len(self.domains), width)).movedim(-2, 0)
         moved_loc, moved_log_scale = abduction(adapted.to(dtype))
         return moved_log_scale - log_scale, (moved_loc - loc) / log_scale.exp()
+
+
+def but_meta(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Leave tensors that hold no values where they are: they cannot be brought anywhere.
+
+    Args:
+        move: what is done to the others.
+
+    Returns:
+        A function of a tensor.
+    """
+    return lambda values: torch.empty_like(values) if values.is_meta else move(values)
 
 
 class AdaptedBackbone(nn.Module):

@@ -133,7 +133,7 @@ def _measured(
         windows, rows = aside.windows, _some(aside.windows, rows, MEASURED)
         change, documents = _change(model, attached, name, windows, rows)
         values = _value_record(model, attached, name, windows, rows)
-        scored = ~change.before.isnan()
+        scored = ~change.before.isnan().cpu()
         kept |= change_figures(change.before[scored], change.after[scored], documents[scored])
         helps = kept["change"] < 0
     every = torch.arange(len(held_out.windows.starts) - 1)
@@ -166,12 +166,12 @@ def _change(
     found, documents = [], []
     for some in rows.split(8):
         batch = windows.batch(some)
-        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
+        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float()
         states = hidden_states(model, batch)[batch.mask], moved[batch.mask]
         before, after = (reference(model, some).loc for some in states)
         at = windows.positions(batch)
         law = output.log_prob(before)
-        found.append(served_change(law, after, windows.targets[at], output))
+        found.append(served_change(law, after, windows.targets[at].to(after.device), output))
         documents.append(windows.documents[at])
     return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
 
@@ -189,11 +189,11 @@ def _value_record(
         batch = windows.batch(some)
         true = values[windows.positions(batch)]
         here = ~true.isnan()
-        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
+        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float()
         for at, states in enumerate((hidden_states(model, batch)[batch.mask], moved[batch.mask])):
             found = reference(model, states[here])
             for part, law in zip(laws[2 * at : 2 * at + 2], head.law(found.loc, found.scale), strict=True):
-                part.append(law)
+                part.append(law.cpu())
         laws[4].append(true[here])
     before_loc, before_scale, after_loc, after_scale, true = map(torch.cat, laws)
     before, after = (before_loc, before_scale), (after_loc, after_scale)
@@ -235,7 +235,7 @@ def meet_adapter(
         attached.rescale(name, factor)
         drifts = []
         for base, batch in zip(before, batches, strict=True):
-            states = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float().cpu()
+            states = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float()
             drifts.append(adapter_drift(budget.metric, model, base, states[batch.mask], fisher))
         return float(budget.statistic(torch.cat(drifts)))
 

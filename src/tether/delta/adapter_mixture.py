@@ -1,5 +1,6 @@
 """Adapters as the experts of a fusion by evidence: the base and each adapter alone, weighted by the text so far."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from tether.causal.memory import Memory
 from tether.causal.mixture import Mixture
 from tether.causal.walk import Reading
+from tether.delta.adapter_backbone import but_meta
 from tether.delta.adapter_memory import AdapterMemory
 from tether.delta.adapter_passes import Passes, Text
 from tether.errors import ConfigError
@@ -41,6 +43,10 @@ class AdapterMixture(Mixture):
             raise ConfigError(f"strengths {self.strengths} of adapters: expected 1 for each")
         # Not submodules: one is the model's, the other shares the backbone's weights.
         self.kept = (abduction, passes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterMixture":
+        super()._apply(but_meta(fn), recurse)
+        return self
 
     def moves(self, domain: int, features: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Give the law of U that an adapter's state has.

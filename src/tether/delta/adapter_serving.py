@@ -9,12 +9,12 @@ running: an adapter's own drift in a context is known only from its pass.
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tether.cauchy.charts import CHARTS
@@ -93,6 +93,16 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         served.config.base = config.base
         served.name_or_path = str(folder)
         return served
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedForCausalLM":
+        super()._apply(fn, recurse)
+        # Adapters are in a twin of the backbone, which is no part of the model, so that its weights count once.
+        backbone: Any = self.backbone
+        if isinstance(self.fusion, AdapterMixture):
+            self.fusion.kept[1].attached.follow(fn)
+        elif isinstance(backbone, AdaptedBackbone):
+            backbone.kept[0].follow(fn)
+        return self
 
     def generate(self, *inputs: Any, num_beams: int | None = None, **options: Any) -> Any:
         """Write; see `CausalQwenForCausalLM.generate`.

@@ -207,11 +207,12 @@ class AdapterTraining:
         """
         windows, at = self.domain.windows, self.domain.windows.positions(batch)
         targets = windows.targets[at]
-        states = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()
+        states = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state
         states, values = states[batch.mask][targets >= 0], self.next_values[at][targets >= 0]
         output = output_head(self.model)
         loc, log_scale = self.model.abduction(states.to(output.weight.dtype))
-        loss = full_cross_entropy(loc, targets[targets >= 0], output)
+        values = values.to(loc.device)
+        loss = full_cross_entropy(loc, targets[targets >= 0].to(loc.device), output)
         here = ~values.isnan()
         if self.values is None or not bool(here.any()):
             return loss
@@ -227,10 +228,10 @@ class AdapterTraining:
         windows = self.base.windows
         rows = torch.randint(len(windows.starts) - 1, (self.fit.base_batch,), generator=self.generator)
         batch = windows.batch(rows)
-        before = self.base.states[windows.positions(batch)].float()
-        after = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state.cpu()[
+        after = self.attached.states(self.name, **text_inputs(self.model, batch)).last_hidden_state[
             batch.mask
         ]
+        before = self.base.states[windows.positions(batch)].float().to(after.device)
         drifts = adapter_drift(self.metric, self.model, before, after, self.fisher)
         budget = self.fit.budget
         seen = float((drifts.mean() if budget is None else budget.statistic(drifts)).detach())

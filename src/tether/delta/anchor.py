@@ -76,7 +76,7 @@ def anchor_text(
     )
     fisher = output_fisher(output_head(model), fitted.some(tokens).loc)
     written = write_background(model) if background is None else background
-    targets = held_out.windows.targets[spread(len(held_out.states), MOST)]
+    targets = held_out.windows.targets[spread(len(held_out.states), MOST)].to(fisher.device)
     return Anchor(fitted, probe, fisher, base.base, base.layers, written, targets)
 
 

@@ -40,7 +40,7 @@ class Basis(NamedTuple):
         if self.middle is None:
             return at
         last, middle = at.states[:, : self.size], at.states[:, self.size :]
-        return at._replace(states=torch.cat([last, middle @ self.middle], -1))
+        return at._replace(states=torch.cat([last, middle @ self.middle.to(middle)], -1))
 
     def expand(self, head: Head) -> Head:
         """Give the delta of the whole states that moves them as this one moves the reduced.
@@ -56,7 +56,7 @@ class Basis(NamedTuple):
             return head
 
         def whole(weight: Tensor) -> Tensor:
-            return torch.cat([weight[:, : self.size], weight[:, self.size :] @ middle.T], -1)
+            return torch.cat([weight[:, : self.size], weight[:, self.size :] @ middle.to(weight).T], -1)
 
         return Head(None if head.first is None else whole(head.first), whole(head.second), head.chart)
 

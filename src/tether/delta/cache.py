@@ -120,11 +120,12 @@ def hidden_states(model: Any, batch: Batch, layers: Sequence[int] = ()) -> Tenso
         layers: middle layers to read beside the last, see `tether.causal.features`.
 
     Returns:
-        z, shape (B, T, H), or with the middle layers beside it, shape (B, T, H (1 + L)); float32, on the CPU.
+        z, shape (B, T, H), or with the middle layers beside it, shape (B, T, H (1 + L)); float32, on the model's
+        device.
     """
     asked = {"output_hidden_states": True} if layers else {}
     output = model.backbone(**text_inputs(model, batch), use_cache=False, **asked)
-    return join_features(output.last_hidden_state, output.hidden_states, layers).float().cpu()
+    return join_features(output.last_hidden_state, output.hidden_states, layers).float()
 
 
 def text_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def compute_states(
     count, done = len(windows.input_ids), 0
     states = torch.empty(count, model.abduction.loc.in_features * (1 + len(layers)), dtype=torch.float16)
     for batch in _alike(windows):
-        values = hidden_states(model, batch, layers)[batch.mask]
+        values = hidden_states(model, batch, layers).cpu()[batch.mask]
         if not bool((values.abs() < 65504).all()):
             raise CheckpointError(
                 f"a hidden state of size {values.abs().max():.3g} does not fit float16 (largest 65504); this base "

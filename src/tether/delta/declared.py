@@ -104,7 +104,7 @@ def _adapters_alone(fused: Any, windows: Windows, rows: Sequence[int]) -> dict[s
         for metric in ("softmax", "latent")
     }
     for batch in windows.batches(8):
-        states = hidden_states(fused, batch, ()).to(fused.device)
+        states = hidden_states(fused, batch, ())
         mask = batch.mask.to(states.device)
         places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         awake = torch.zeros(*mask.shape, len(mixture.domains), dtype=torch.bool, device=mask.device)

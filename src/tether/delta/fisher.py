@@ -105,7 +105,9 @@ def align_latent(model: CausalQwenForCausalLM, axes: Axes, factor: float = 1.0) 
     """
     head = model.abduction
     size = head.loc.in_features
-    plain = torch.equal(head.loc.weight, torch.eye(size)) and not bool(head.loc.bias.any())
+    plain = torch.equal(head.loc.weight, torch.eye(size).to(head.loc.weight)) and not bool(
+        head.loc.bias.any()
+    )
     if model.fusion is not None or not plain or bool(head.log_scale.weight.any()) or head.mlp is not None:
         raise ConfigError(
             "expected a model as from_backbone makes it (identity abduction, no deltas): align first, then learn"

@@ -297,9 +297,9 @@ def unfuse(
 
 def _delta(model: CausalQwenForCausalLM, fusion: Fusion, row: int) -> Delta:
     size = fusion.hidden_size
-    heads = [fusion.second[row].detach()]
+    heads = [fusion.second[row].detach().cpu()]
     if not fusion.location_only:
-        heads.append(fusion.first[row].detach())
+        heads.append(fusion.first[row].detach().cpu())
     # What was padded with zeros is cut off again.
     read = [
         number

@@ -254,11 +254,11 @@ def take_gate(fusion: Fusion, row: int) -> Gate:
     Returns:
         The gate; padding of its rank is cut off.
     """
-    whitening = fusion.gate_whitening[row].detach()
+    whitening = fusion.gate_whitening[row].detach().cpu()
     rank = max(1, int(whitening.any(-1).sum(-1).max()))
     return Gate(
-        fusion.gate_center[row].detach().clone(),
+        fusion.gate_center[row].detach().cpu().clone(),
         whitening[:, :rank].clone(),
-        fusion.gate_threshold[row].detach().clone(),
-        fusion.gate_precision[row].detach().clone(),
+        fusion.gate_threshold[row].detach().cpu().clone(),
+        fusion.gate_precision[row].detach().cpu().clone(),
     )

@@ -178,7 +178,7 @@ def ray_share(
     Returns:
         Shares, shape (n,), in (0, 1]; 1 where the whole delta is within the limit.
     """
-    share = torch.ones(len(at.states))
+    share = torch.ones(len(at.states), device=at.states.device)
     for _ in range(rounds):
         x, y = head.displacement(at.states, share, scale=at.scale)
         move = at.scale * y

@@ -142,8 +142,8 @@ def fit_delta(
     return Delta(
         name=name,
         chart=fit.chart,
-        first=None if head.first is None else head.first.contiguous(),
-        second=head.second.contiguous(),
+        first=None if head.first is None else head.first.cpu().contiguous(),
+        second=head.second.cpu().contiguous(),
         gate=gate,
         base=fingerprint(model),
         record=record,

@@ -212,25 +212,27 @@ def _accumulate(fused: Any, fusion: Fusion, windows: Windows, next_drift: float 
     sums: dict[str, Tensor] = {}
     for batch in windows.batches(8):
         states = hidden_states(fused, batch, fusion.layers)
-        gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
+        mask = batch.mask.to(states.device)
+        gates = fusion.gates(states, mask)[0][:, mask]
         # Under softmax gates the others take over what a domain leaves.
-        left = fusion.gates_without_largest(states, batch.mask)
-        inside = torch.zeros_like(gates) if left is None else left[..., batch.mask]
-        parts = zip(states[batch.mask].split(ROWS), gates.split(ROWS, 1), inside.split(ROWS, 1), strict=True)
+        left = fusion.gates_without_largest(states, mask)
+        inside = torch.zeros_like(gates) if left is None else left[..., mask]
+        parts = zip(states[mask].split(ROWS), gates.split(ROWS, 1), inside.split(ROWS, 1), strict=True)
         for part, open_gates, others in parts:
             _, log_scale = fused.abduction(part[:, : fusion.hidden_size].to(fused.action.weight.dtype))
             x, y = fusion.deltas(part, log_scale)
             rest = None if left is None else others
             for name, value in _contexts(fusion, x, y, open_gates, rest, next_drift).items():
-                sums[name] = sums.get(name, 0) + value
-            sums["gates"] = sums.get("gates", 0) + open_gates.double().sum(-1)
+                sums[name] = sums.get(name, 0) + value.cpu()
+            sums["gates"] = sums.get("gates", 0) + open_gates.double().sum(-1).cpu()
     return sums
 
 
 def _contexts(
     fusion: Fusion, x: Tensor, y: Tensor, gates: Tensor, left: Tensor | None, next_drift: float | None
 ) -> dict[str, Tensor]:
-    chart, strengths = fusion.chart, torch.tensor(fusion.weights, dtype=torch.float64).unsqueeze(-1)
+    chart = fusion.chart
+    strengths = torch.tensor(fusion.weights, dtype=torch.float64, device=x.device).unsqueeze(-1)
     of_bound = bound_chart(chart, fusion.location_only)
     first, second = to_chart(x, y, chart)
     weights = strengths * gates.double()
@@ -264,7 +266,7 @@ def _contexts(
     if next_drift is not None:
         # The fusion counts as one delta that drifts as measured, which is less than its bound.
         both = torch.stack([nats, torch.full_like(nats, next_drift)])
-        found["next"] = fused_drift_bound(both, torch.ones(2, dtype=both.dtype), of_bound).sum()
+        found["next"] = fused_drift_bound(both, both.new_ones(2), of_bound).sum()
     bounds, drifts = [], []
     for other in CHARTS:
         bounds.append(fused_drift_bound(alone, weights, bound_chart(other, fusion.location_only)).sum())

@@ -105,28 +105,28 @@ def measure(
     done, rows, head = 0, chunk_rows(model.action.weight), (model.action.weight, model.action.bias)
     for batch in windows.batches(batch_size):
         states = hidden_states(model, batch, fusion.layers)
-        where = windows.positions(batch)
-        gates = fusion.gates(states, batch.mask)[0][:, batch.mask]
-        gates_at[:, where] = gates
-        for part, offsets in zip(states[batch.mask].split(rows), where.split(rows), strict=True):
-            chunk_gates = gates_at[:, offsets]
+        where, mask = windows.positions(batch), batch.mask.to(states.device)
+        gates = fusion.gates(states, mask)[0][:, mask].float()
+        gates_at[:, where] = gates.cpu()
+        parts = zip(states[mask].split(rows), where.split(rows), gates.split(rows, 1), strict=True)
+        for part, offsets, chunk_gates in parts:
             loc, log_scale = model.abduction(part[:, : fusion.hidden_size].to(model.action.weight.dtype))
             scores = model.action.score_loc(loc)
             log_prob = scores.float().log_softmax(-1)
-            target = windows.targets[offsets].clamp(min=0).unsqueeze(-1)
+            target = windows.targets[offsets].clamp(min=0).unsqueeze(-1).to(part.device)
             base = -log_prob.gather(-1, target).squeeze(-1)
-            base_nll[offsets] = base
+            base_nll[offsets] = base.cpu()
             x, y = fusion.deltas(part, log_scale)
             alone = drift(x, y).sum(-1)  # (N, tokens)
             for row, variant in enumerate(variants):
                 added = variant.sum
                 acting = chunk_gates if variant.gated else torch.ones_like(chunk_gates)
                 bound = added.bound(alone, acting, location_only=fusion.location_only)
-                allowed[row, offsets], nll[row, offsets] = bound.float(), base
+                allowed[row, offsets], nll[row, offsets] = bound.float().cpu(), base.cpu()
                 moved = (added.shares(acting) != 0).any(0)
                 if not bool(moved.any()):
                     continue
-                at, here = offsets[moved], slice(None) if bool(moved.all()) else moved
+                at, here = offsets[moved.cpu()], slice(None) if bool(moved.all()) else moved
                 law = added.law(
                     loc[here],
                     log_scale[here],
@@ -137,12 +137,12 @@ def measure(
                     base_scores=scores[here],
                     keep_scores=True,
                 )
-                kept[row, at] = law.factor
-                moved_by[row, at] = drift(law.x, law.y).sum(-1)
+                kept[row, at] = law.factor.cpu()
+                moved_by[row, at] = drift(law.x, law.y).sum(-1).cpu()
                 served = model.action.score_loc(law.loc) if law.scores is None else law.scores
                 log_served = served.float().log_softmax(-1)
-                kl[row, at] = softmax_kl(log_prob[here], log_served)
-                nll[row, at] = -log_served.gather(-1, target[here]).squeeze(-1)
+                kl[row, at] = softmax_kl(log_prob[here], log_served).cpu()
+                nll[row, at] = -log_served.gather(-1, target[here]).squeeze(-1).cpu()
         done += len(where)
         if on_step:
             on_step({"done": done, "total": count})

@@ -44,7 +44,7 @@ class CandidateSoftmax:
         weight, bias = head.weight, head.bias
         ranked = prob.topk(min(size, len(weight))).indices
         self.head, self.weight = head, weight
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.float()
+        self.bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
         self.chosen, self.chosen_bias = weight[ranked].float(), self.bias[ranked]
         self.slot = torch.full((len(weight),), -1, device=weight.device)
         self.slot[ranked] = torch.arange(len(ranked), device=weight.device)
@@ -101,7 +101,7 @@ class _FullCrossEntropy(torch.autograd.Function):
             log_prob, slope = logits.log_softmax(-1), head.slope(logits)
             total -= log_prob.gather(-1, target.unsqueeze(-1)).double().sum()
             prob = log_prob.exp_()
-            prob[torch.arange(len(part)), target] -= 1
+            prob[torch.arange(len(part), device=prob.device), target] -= 1
             prob = prob if slope is None else prob.mul_(slope)
             gradients.append((prob.to(weight.dtype) @ weight).to(part))
         ctx.save_for_backward(torch.cat(gradients) / len(targets))

@@ -27,8 +27,9 @@ def reference(model: Any, features: Tensor) -> Reference:
         features: z, shape (n, H), or z followed by states of middle layers, shape (n, H (1 + L)); float32.
 
     Returns:
-        Features with loc and scale of U.
+        Features with loc and scale of U, on the model's device.
     """
+    features = features.to(model.action.weight.device)
     last = features[:, : model.abduction.loc.in_features]
     with torch.no_grad():
         loc, log_scale = model.abduction(last.to(model.action.weight.dtype))
@@ -45,9 +46,9 @@ class Source:
         basis: what states are read in; None leaves them as they are.
 
     Attributes:
-        targets: next tokens, shape (n,).
-        documents: document of each token, shape (n,).
-        values: the next token's number in the units of Y, nan where it is none, shape (n,).
+        targets: next tokens, shape (n,), on the model's device.
+        documents: document of each token, shape (n,), on the CPU.
+        values: the next token's number in the units of Y, nan where it is none, shape (n,), on the model's device.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Source:
         if documents is not None:
             kept &= torch.isin(cache.windows.documents, documents)
         self.rows = kept.nonzero().squeeze(-1)
-        self.targets = cache.windows.targets[self.rows]
+        device = model.action.weight.device
+        self.targets = cache.windows.targets[self.rows].to(device)
         self.documents = cache.windows.documents[self.rows]
-        self.values = next_values(model, cache.windows)[self.rows]
+        self.values = next_values(model, cache.windows)[self.rows].to(device)
         width = cache.states.shape[1] + 2 * model.abduction.loc.out_features
         self.kept: Reference | None = None
         if 4 * width * len(self.rows) <= KEPT_BYTES and len(self.rows):

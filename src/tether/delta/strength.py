@@ -171,7 +171,7 @@ def change_figures(before: Tensor, after: Tensor, documents: Tensor) -> dict[str
         `documents`, `tokens`, `nll_before`, `nll_after`, their difference `change` (negative where the delta
         helps), and `standard_error` of that difference over documents, None for a single document.
     """
-    moved = after.double() - before.double()
+    moved = (after.double() - before.double()).cpu()
     several = len(documents.unique()) > 1 and bool(moved.isfinite().all())
     return {
         "documents": len(documents.unique()),

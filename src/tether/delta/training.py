@@ -172,8 +172,9 @@ class Training:
         if fit.chart == "matrix":
             self.unit = torch.ones_like(self.unit)
         shape = (scale.shape[1], self.anchor.states.shape[1])
-        self.second = torch.zeros(shape, requires_grad=True)
-        self.first = None if fit.location_only else torch.zeros(shape, requires_grad=True)
+        device = scale.device
+        self.second = torch.zeros(shape, device=device, requires_grad=True)
+        self.first = None if fit.location_only else torch.zeros(shape, device=device, requires_grad=True)
         value = fit.budget.value or 1.0
         # A penalty is a multiplier that stays as it is.
         start = 0.05 / value if fit.budget.penalty is None else fit.budget.penalty

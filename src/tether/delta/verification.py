@@ -47,6 +47,7 @@ def verify(
     *,
     base: str | None = None,
     key: "Ed25519PublicKey | None" = None,
+    device: str | torch.device | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> list[str]:
     """Check a certificate: its seal, the hash of every file it names, its base, and every figure by recomputing it.
@@ -60,6 +61,7 @@ def verify(
             one, and every weight and setting is compared. None leaves open which model the fingerprint is of.
         key: whose signature the certificate should have, from `tether.store.signing.public_key`. None leaves open who
             made it.
+        device: where to compute the figures again; None computes on the CPU.
         on_step: called with `done` and `total` tokens of the current text.
 
     Returns:
@@ -96,7 +98,7 @@ def verify(
             wrong.append(f"{file} has changed since the certificate was made")
     if wrong:
         return wrong
-    return _recompute(certificate, folder, base, on_step)
+    return _recompute(certificate, folder, base, device, on_step)
 
 
 def not_checked(path: str | Path, *, base: bool, key: bool) -> list[str]:
@@ -135,13 +137,15 @@ def _unsigned(certificate: Certificate, key: "Ed25519PublicKey | None") -> list[
     ]
 
 
-def _recompute(certificate: Certificate, folder: Path, base: str | None, on_step: Any) -> list[str]:
+def _recompute(
+    certificate: Certificate, folder: Path, base: str | None, device: str | torch.device | None, on_step: Any
+) -> list[str]:
     # Figures of the same checkpoint in another dtype are others.
     stated_dtype = certificate.model.get("dtype")
     dtype = getattr(torch, stated_dtype) if stated_dtype else None
     place = str(folder / certificate.model["path"])
     try:
-        fused, tokenizer = load(place, dtype=dtype)
+        fused, tokenizer = load(place, dtype=dtype, device=device)
         own = fingerprint(fused)
     except IdentityError as error:
         return [str(error)]

@@ -258,7 +258,7 @@ class _Router:
         for parameter in parameters:
             parameter.requires_grad_(False)
         # What each delta alone costs on base text: a diagnostic, not a measure of its quality.
-        alone = torch.eye(len(fusion.domains))
+        alone = torch.eye(len(fusion.domains), device=fisher.device)
         with torch.no_grad():
             some = anchor.take(spread(len(anchor.targets), fit.probe))
             static = [

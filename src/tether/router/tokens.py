@@ -57,9 +57,9 @@ def token_features(model: Any, fusion: RoutedFusion, cache: StateCache, count: i
         count: tokens at most.
 
     Returns:
-        Tokens that have a next one.
+        Tokens that have a next one, on the model's device.
     """
-    windows = cache.windows
+    windows, device = cache.windows, model.action.weight.device
     scored = (windows.targets >= 0).nonzero().squeeze(1)
     rows = scored[spread(len(scored), count)]
     wanted = torch.zeros(len(windows.targets), dtype=torch.bool)
@@ -72,15 +72,16 @@ def token_features(model: Any, fusion: RoutedFusion, cache: StateCache, count: i
             continue
         states = torch.zeros(*batch.mask.shape, cache.states.shape[1])
         states[batch.mask] = cache.states[where].float()
+        states, mask = states.to(device), batch.mask.to(device)
         last = states[..., : fusion.hidden_size]
-        mean = window_mean(last, batch.mask, fusion.window)[0]
-        features = router_features(last[batch.mask][kept], mean[batch.mask][kept])
+        mean = window_mean(last, mask, fusion.window)[0]
+        features = router_features(last[mask][kept], mean[mask][kept])
         if fusion.own_gates:
-            opened = super(RoutedFusion, fusion).gates(states, batch.mask)[0][:, batch.mask][:, kept]
+            opened = super(RoutedFusion, fusion).gates(states, mask)[0][:, mask][:, kept]
         else:
-            opened = torch.ones(len(fusion.domains), len(features))
+            opened = features.new_ones(len(fusion.domains), len(features))
         for name, value in (("features", features), ("opened", opened.T), ("rows", where[kept])):
             found[name].append(value)
     features, opened, index = (torch.cat(found[name]) for name in ("features", "opened", "rows"))
     at = reference(model, cache.states[index].float())
-    return Tokens(features, at, windows.targets[index], opened.T.contiguous())
+    return Tokens(features, at, windows.targets[index].to(device), opened.T.contiguous())
