@@ -18,6 +18,7 @@ from tether.causal.fingerprint import renew_fingerprint, weights_fingerprint
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.pairs import Document
+from tether.causal.placement import find_device
 from tether.causal.readout import fit_values
 from tether.causal.resume import load_state, save_state
 from tether.causal.trainable import (
@@ -51,6 +52,7 @@ def train(
     options: TrainOptions,
     folder: str | Path,
     held_out: Sequence[Document] | None = None,
+    device: str | torch.device = "auto",
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a model, or go on with a training that was stopped.
@@ -70,6 +72,7 @@ def train(
         options: see `TrainOptions`.
         folder: new or empty, or that of a training with the same model, text and options.
         held_out: text to evaluate on before and after, or None.
+        device: where to train: `auto` takes an accelerator if there is one; several processes take one each.
         on_step: called in the main process after each step with step, steps, loss, class_loss, value_loss,
             lr, gradient_norm; it may raise to stop.
 
@@ -85,7 +88,7 @@ def train(
     """  # noqa: DOC502 - raised by what it calls
     options = options.on(model)
     trained = select(model, options)
-    accelerator = _accelerator()
+    accelerator = _accelerator(find_device(device))
     check_processes(options, accelerator.num_processes)
     if model.config.num_token_id is not None:
         tokenizer = model.add_numbers(tokenizer)
@@ -259,15 +262,14 @@ class _Loop:
         }
 
 
-def _accelerator() -> "Accelerator":
+def _accelerator(device: torch.device) -> "Accelerator":
     if importlib.util.find_spec("accelerate") is None:
         raise ConfigError("training needs the package accelerate; install it with pip install accelerate")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # A loss need not reach all that is trained: a text without numbers says nothing about values.
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    cpu = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=handlers)
+    return Accelerator(mixed_precision="no", cpu=device.type == "cpu", kwargs_handlers=handlers)
 
 
 def _seed(*place: int) -> None:

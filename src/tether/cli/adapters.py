@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.cli.output import emit
+from tether.cli.placing import load
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 
@@ -51,7 +52,6 @@ def learn_adapter(
     Raises:
         ConfigError: another kind, or an option that only a delta has.
     """
-    from tether.causal.loading import load
     from tether.cli.learnt import learnt_told
     from tether.delta import adapter_learning
     from tether.delta.adapter import lora_config
@@ -119,7 +119,7 @@ def fuse_adapters(
         ConfigError: adapters together with deltas.
     """
     from tether.causal.evidence import Rule
-    from tether.causal.loading import ALIASES, load
+    from tether.causal.loading import ALIASES
     from tether.delta.adapter import Adapter, is_adapter
     from tether.delta.adapter_serving import BASE, save_adapted, serve
     from tether.store.place import check_free

@@ -4,6 +4,7 @@ import itertools
 import logging
 import signal
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -15,6 +16,7 @@ from tether._version import __version__
 from tether.cli import causal, domains, export, ledger, merge, router, theory, training
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
+from tether.cli.placing import placed
 from tether.errors import ConfigError
 
 __all__ = ["app", "main"]
@@ -57,18 +59,15 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(domains.demo)
-app.command()(causal.convert)
-app.command()(domains.learn)
-app.command()(domains.fuse)
-app.command()(domains.certify)
-app.command()(domains.verify)
-app.command()(router.route)
-app.command()(ledger.ledger)
-app.command()(export.export)
-app.command()(causal.generate)
-app.command()(causal.counterfactual)
-app.command()(training.train)
-app.command()(training.evaluate)
+_LOADING: tuple[Callable[..., Any], ...] = (
+    causal.convert, domains.learn, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
+    causal.generate, causal.counterfactual, training.evaluate,
+)  # fmt: skip
+_OF_ONE_FORMAT: tuple[Callable[..., Any], ...] = (domains.verify, training.train)
+"""A certificate names its number format, and a training keeps weights in float32."""
+for number_formats, commands in ((True, _LOADING), (False, _OF_ONE_FORMAT)):
+    for each in commands:
+        app.command()(placed(each, dtype=number_formats))
 app.add_typer(theory.app)
 app.add_typer(merge.merge_app, name="merge")
 for group in (app, theory.app, merge.merge_app):

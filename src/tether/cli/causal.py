@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tether.cli.output import emit, quiet_libraries, say
+from tether.cli.placing import load, load_backbone
 
 __all__ = ["convert", "counterfactual", "generate"]
 
@@ -39,7 +40,6 @@ def convert(
     from tether.causal.calibration import calibrate as fit
     from tether.causal.checkpoint import save_checkpoint
     from tether.causal.constants import CONSTANTS, read_constants
-    from tether.causal.loading import load_backbone
     from tether.causal.modeling import CausalQwenForCausalLM
     from tether.delta.windows import window_text
     from tether.errors import ConfigError
@@ -124,7 +124,6 @@ def generate(
     import torch
 
     from tether.causal.config import MODES
-    from tether.causal.loading import load
     from tether.causal.noise import Noise, check_share
     from tether.errors import ConfigError
     from tether.store.place import check_place
@@ -220,15 +219,13 @@ def counterfactual(
     import torch
 
     from tether.causal.counterfactual import replay
-    from tether.causal.loading import load
-    from tether.causal.numbers import NumericTokenizer
     from tether.errors import ConfigError
 
     for name, text in (("--factual", factual), ("--intervene", intervene), ("--observed", observed)):
         if text is not None and not text.strip():
             raise ConfigError(f"{name} is empty: expected at least one token of text")
     writer, plain = load(model)
-    numeric = NumericTokenizer(plain) if writer.config.num_token_id is not None else None
+    numeric = writer.add_numbers(plain) if writer.config.num_token_id is not None else None
 
     def encode(text: str, special: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         encoded = (numeric or plain)(text, return_tensors="pt", add_special_tokens=special)
@@ -237,7 +234,7 @@ def counterfactual(
     def decode(ids: torch.Tensor, values: torch.Tensor | None) -> str:
         if numeric is None:
             return str(plain.decode(ids, skip_special_tokens=True))
-        return numeric.decode(ids, values, skip_special_tokens=True, precision=6)
+        return str(numeric.decode(ids, values, skip_special_tokens=True, precision=6))
 
     context, context_values = encode(factual)
     if observed is None:

@@ -10,6 +10,7 @@ from tether.cli.accounted import account_lines, value_lines
 from tether.cli.adapters import fuse_adapters, learn_adapter
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries, tell
+from tether.cli.placing import load, place
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 from tether.names import check_name
@@ -122,7 +123,6 @@ def learn(
             as_json=as_json, **delta_only,
         )  # fmt: skip
         return
-    from tether.causal.loading import load
     from tether.cli.learnt import learnt_told
     from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta
@@ -287,7 +287,6 @@ def certify(
 ) -> None:
     """Measure how far a fused model has moved from its base and put it on record."""
     quiet_libraries()
-    from tether.causal.loading import load
     from tether.delta.certificate import certify as certify_model
     from tether.delta.declared import broken, metric_of
     from tether.delta.record import is_certificate
@@ -380,7 +379,9 @@ def verify(
 
     signer = None if key is None else public_key(key)
     with reporter() as steps:
-        wrong = verify_certificate(certificate, base=base, key=signer, on_step=steps("recomputing"))
+        wrong = verify_certificate(
+            certificate, base=base, key=signer, device=place()[0], on_step=steps("recomputing")
+        )
     left = not_checked(certificate, base=base is not None, key=key is not None)
     told = wrong or [f"{certificate}: holds", *([f"not checked: {'; '.join(left)}"] if left else [])]
     emit({"holds": not wrong, "differences": wrong, "not_checked": left}, as_json, "\n".join(told))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import load
 
 __all__ = ["export"]
 
@@ -17,7 +18,6 @@ def export(
 ) -> None:
     """Write softmax mode as a plain checkpoint of the base's architecture, if that is exact."""
     quiet_libraries()
-    from tether.causal.loading import load
     from tether.delta.export import export_plain
     from tether.store.place import check_free
 

@@ -8,6 +8,7 @@ import typer
 
 from tether.cli.accounted import account_lines, fare_lines, value_lines
 from tether.cli.output import emit, quiet_libraries, tell
+from tether.cli.placing import load
 from tether.cli.progress import reporter
 from tether.errors import CertificateError, ConfigError
 from tether.names import check_name
@@ -28,7 +29,6 @@ def ledger(
 ) -> None:
     """Account for a fusion's drift: each domain's share, what pairs do to each other, what room is left."""
     quiet_libraries()
-    from tether.causal.loading import load
     from tether.delta.ledger import keep_ledger
     from tether.store.documents import read_documents
 
@@ -114,7 +114,6 @@ def fuse_domains(
     from tether.causal.checkpoint import save_checkpoint
     from tether.causal.evidence import Rule
     from tether.causal.leash import METRICS, check_leash
-    from tether.causal.loading import load
     from tether.delta.delta import Delta
     from tether.delta.fare import fare
     from tether.delta.fusion import fuse, manner, unfuse

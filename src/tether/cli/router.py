@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import load
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 
@@ -87,7 +88,6 @@ def _deltas(
     tokens: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     from tether.causal.checkpoint import save_checkpoint
-    from tether.causal.loading import load
     from tether.delta.delta import Delta
     from tether.delta.shards import read_states
     from tether.delta.windows import reader, window_text

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import load, place
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 
@@ -67,8 +68,9 @@ def train(
         tokenizer = net.add_numbers(tokenizer)
     with reporter() as report:
         record = run(
-            net, tokenizer, documents, options=chosen, folder=out, held_out=held, on_step=report("training")
-        )
+            net, tokenizer, documents, options=chosen, folder=out, held_out=held, device=place()[0],
+            on_step=report("training"),
+        )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
         return
     curve = record["curve"]
@@ -141,8 +143,6 @@ def _check_folder(out: Path) -> None:
 
 def _load(model: str) -> Any:
     import torch
-
-    from tether.causal.loading import load
 
     # Whatever the checkpoint's dtype: half precision would lose small steps.
     return load(model, dtype=torch.float32)
