@@ -278,6 +278,8 @@ def rows(*, fast: bool) -> Iterator[Row]:
                 yield from _sums(trial)
             if "open" in parts:
                 yield from _open(trial)
+            if "stay" in parts:
+                yield from _stay(trial)
 
 
 def _mean(values: Tensor) -> float:
@@ -341,6 +343,22 @@ def _sums(trial: Trial) -> Iterator[Row]:
                 for arm, nll in arms.items():
                     yield _row(f"{case}, {arm}", f"NLL {name}, own delta alone", _mean(nll), alone, len(nll))
                     yield _row(f"{case}, {arm}", f"NLL {name}, base", _mean(nll), base, len(nll))
+
+
+def _stay(trial: Trial) -> Iterator[Row]:
+    """Weigh what a domain loses by its gate against what it moves on base text, in the first group of three."""
+    group = GROUPS[3][0]
+    rules = {f"an open gate closes at {stay:g}": {"rule": Rule(stay=stay)} for stay in (1.0, 1.5, 2.0)}
+    for said, options in {**rules, "nobody sleeps": {"gated": False}}.items():
+        fused = trial.fused(group, **options)
+        for name in (group[0], *BASE):
+            (found,) = account([fused], trial.windows(name))
+            case = f"seed {trial.seed}, 3 domains from {group[0]}, {said}"
+            if name == group[0]:
+                yield _row(case, f"NLL {name}, own delta alone", _mean(found.nll), _mean(trial.alone(name)), 1)
+                continue
+            yield _row(case, f"KL {name}", _mean(found.softmax_kl), 0.001, 1)
+            yield _row(case, f"NLL {name}, base", _mean(found.nll), _mean(found.base_nll), 1)
 
 
 def _open(trial: Trial) -> Iterator[Row]:
