@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tether.delta.certificate import certify, read
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import Gate
+from tether.delta.low_rank import Factors
 from tether.delta.record import check_fields
 from tether.delta.verification import verify
 from tether.errors import TetherError
@@ -54,6 +56,7 @@ def _keys(folder):
 
 READERS = {
     "delta": Reader(_delta, {"a.delta": "safetensors"}, 0.7),
+    "delta of low rank": Reader(_delta, {"a.delta": "safetensors"}, 0.7),
     "noise": Reader(lambda folder: Noise.load(folder / "noise"), {"noise": "safetensors"}, 0.5),
     "adapter": Reader(
         _adapter,
@@ -93,6 +96,9 @@ def whole(tmp_path_factory):
     for name in READERS.keys() - {"adapter"}:
         folders[name].mkdir()
     delta.save(folders["delta"] / "a.delta")
+    factors = {name: Factors(drawn(32, 2), drawn(2, 32)) for name in ("first", "second")}
+    heads = {name: both.whole() for name, both in factors.items()}
+    replace(delta, **heads, factors=factors).save(folders["delta of low rank"] / "a.delta")
     Noise.of(torch.rand(2, 3, 4, generator=generator).clamp(0.01, 0.99)).save(folders["noise"] / "noise")
     attached = Attached(model, "law", lora_config(2, 4), generator)
     Adapter(

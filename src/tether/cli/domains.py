@@ -78,6 +78,9 @@ def learn(
             help="Leave what the model says of numbers exactly as it is (chart matrix, location only).",
         ),
     ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the delta at most: a smaller file; whole if left out.")
+    ] = None,
     quantile: Annotated[
         float | None, typer.Option(help="Limit this quantile of the drift instead of its mean.")
     ] = None,
@@ -115,7 +118,7 @@ def learn(
         # Options of deltas only, by the value they have when they are given.
         delta_only = {
             "penalty": penalty is not None, "chart": chart != "symmetric", "features": features != "last",
-            "location_only": location_only, "hard": hard, "keep_values": keep_values,
+            "location_only": location_only, "hard": hard, "keep_values": keep_values, "rank": rank is not None,
         }  # fmt: skip
         learn_adapter(
             adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
@@ -141,7 +144,8 @@ def learn(
         "budget": BUDGET if budget is None and penalty is None else budget, "metric": metric, "penalty": penalty,
         "chart": "matrix" if keep_values and chart == "symmetric" else chart, "features": features,
         "location_only": location_only or keep_values, "quantile": quantile, "hard": hard,
-        "keep_values": keep_values, "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
+        "keep_values": keep_values, "rank": rank,
+        "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
     }  # fmt: skip
     check_options(**options)
     check_file(out)
@@ -175,7 +179,7 @@ def fuse(
     ] = None,
     prior: Annotated[
         float | None,
-        typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.5"),
+        typer.Option(help="Weight of the base at the start of a text, in (0, 1).", show_default="0.9"),
     ] = None,
     chart: Annotated[
         str | None,

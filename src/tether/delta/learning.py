@@ -18,6 +18,7 @@ from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
 from tether.delta.head import METRICS, Head
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
+from tether.delta.low_rank import factored, shortened
 from tether.delta.material import gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
@@ -41,6 +42,10 @@ __all__ = [
     "learn_delta",
     "reference",
 ]
+
+
+SEEN = 4096
+"""Tokens of the domain on which a delta is made of low rank."""
 
 
 def fit_delta(
@@ -104,6 +109,9 @@ def fit_delta(
     )
     if not all(bool(part.isfinite().all()) for part in (head.first, head.second) if part is not None):
         raise ConfigError(f"the fit diverged: its heads are not finite; lower lr={fit.lr:g}")
+    if fit.rank is not None:
+        head = shortened(head, source.some(SEEN), anchor.fisher, fit.rank)
+        head = head._replace(second=training.off_values(head.second))
     record: dict[str, Any] = {
         "budget": fit.budget.value,
         "metric": fit.budget.metric,
@@ -137,13 +145,17 @@ def fit_delta(
     few = source.some(fit.probe // 6)
     record["drift_domain"] = {metric: float(needs.drift(metric, head, few).mean()) for metric in METRICS}
     head = basis.expand(head)
+    heads = {"second": head.second.cpu(), **({} if head.first is None else {"first": head.first.cpu()})}
+    factors = {} if fit.rank is None else factored(heads, fit.rank)
+    heads = {name: factors[name].whole() if factors else whole for name, whole in heads.items()}
     gate = fit_gate(own, background=anchor.background) if fit.gate else None
     record["cpu_seconds"] = time.process_time() - started
     return Delta(
         name=name,
         chart=fit.chart,
-        first=None if head.first is None else head.first.cpu().contiguous(),
-        second=head.second.cpu().contiguous(),
+        first=heads["first"].contiguous() if "first" in heads else None,
+        second=heads["second"].contiguous(),
+        factors=factors,
         gate=gate,
         base=fingerprint(model),
         record=record,

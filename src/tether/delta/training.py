@@ -60,6 +60,8 @@ class Fit:
         probe: tokens for the Fisher and for each full-softmax measurement.
         held_out: share of the domain's tokens that the fit never sees, in [0, 0.5]; the delta's strength is
             chosen there (`tether.delta.held_out`). 0 learns from everything and takes the budget's strength.
+        rank: of the heads at most, >= 1, or None for whole ones: the file then holds thin factors, and what is
+            measured, served and certified is their product (`tether.delta.low_rank`).
         aside: share of the documents that are left on which the fit is watched, in [0, 1); 0 turns early
             stopping off.
         patience: looks without a better loss after which the fit stops.
@@ -80,6 +82,7 @@ class Fit:
     sampled: int = 512
     probe: int = 1536
     held_out: float = HELD_OUT
+    rank: int | None = None
     aside: float = 0.0
     patience: int = 8
     seed: int = 0
@@ -109,6 +112,8 @@ class Fit:
                 f"patience={self.patience}, sampled={self.sampled}, full_epochs={self.full_epochs}, lr={self.lr}: "
                 "expected positive numbers"
             )
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank={self.rank}: expected at least 1, or none for whole heads")
         if not 0 <= self.aside < 1:
             raise ConfigError(f"aside={self.aside}: expected a share of the documents in [0, 1)")
         check_share(self.held_out)
@@ -204,11 +209,21 @@ class Training:
         Returns:
             The heads, with gradients.
         """
-        second = self.second / self.unit
-        if self.values is not None and self.fit.keep_values:
-            across = self.values.weight / self.values.weight.norm()
-            second = second - torch.outer(across, across @ second)
-        return Head(self.first, second, self.fit.chart)
+        return Head(self.first, self.off_values(self.second / self.unit), self.fit.chart)
+
+    def off_values(self, second: Tensor) -> Tensor:
+        """Take from a head what would move the law of numbers, where that is to stay as it is.
+
+        Args:
+            second: head of the location, shape (C, F).
+
+        Returns:
+            The head, of the same rank at most.
+        """
+        if self.values is None or not self.fit.keep_values:
+            return second
+        across = self.values.weight / self.values.weight.norm()
+        return second - torch.outer(across, across @ second)
 
     @torch.enable_grad()
     def run(self, measured: Callable[[Head], float], on_step: Step | None) -> Head:
