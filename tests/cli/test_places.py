@@ -29,7 +29,7 @@ WRITTEN = {
     "merge run --out": ["merge", "run", "recipe.yaml", "--out"],
 }
 """Every option that names a place to write to, and a command up to it, whose models are not there."""
-READ = {"text", "base_text", "held_out", "calibrate", "check", "probes", "options", "sign", "key"}
+READ = {"config", "text", "base_text", "held_out", "calibrate", "check", "probes", "options", "sign", "key"}
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ def learn_adapter(
     cache: Path | None,
     held_out: float | None = None,
     sample: bool = True,
+    window: int = 256,
+    fit: Mapping[str, Any],
     as_json: bool,
     **unused: Any,
 ) -> None:
@@ -46,6 +48,8 @@ def learn_adapter(
         cache: where hidden states of the base are kept.
         held_out: share of the text to keep aside, or None for the default.
         sample: whether the adapter carries a few of the documents that were kept aside.
+        window: tokens a context.
+        fit: fields of `AdapterFit` that were given.
         as_json: print JSON.
         unused: options of `learn` that only a delta has: their value must be what they are left out.
 
@@ -68,19 +72,20 @@ def learn_adapter(
             f"--adapter with {', '.join('--' + name.replace('_', '-') for name in given)}: that is for deltas; "
             "leave it out"
         )
-    fit = AdapterFit(
+    chosen = AdapterFit(
         budget=Budget(value=budget, metric=metric, quantile=quantile),
         gate=gate,
         held_out=HELD_OUT if held_out is None else held_out,
+        **fit,
     )
-    lora_config(fit.rank, fit.alpha)
+    lora_config(chosen.rank, chosen.alpha)
     own, general = read_documents(text), read_documents(base_text)
     check_free(out)
     base, tokenizer = load(model)
     with reporter() as steps:
         adapter = adapter_learning.learn_adapter(
-            base, tokenizer, own, base_texts=general, name=out.stem, tokens=tokens, cache_folder=cache,
-            sample=sample, on_step=steps(f"learning {out.stem}"), fit=fit,
+            base, tokenizer, own, base_texts=general, name=out.stem, window=window, tokens=tokens,
+            cache_folder=cache, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
         )  # fmt: skip
     adapter.save(out, inputs={"domain": own.sha256, "base": general.sha256})
     told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample)

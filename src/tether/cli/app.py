@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from typer.core import TyperCommand
 
 from tether._version import __version__
-from tether.cli import causal, domains, export, ledger, merge, router, theory, training
+from tether.cli import causal, domains, export, learn, ledger, merge, router, theory, training
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
 from tether.cli.placing import placed
@@ -60,7 +60,7 @@ app = typer.Typer(
 )
 app.command()(domains.demo)
 _LOADING: tuple[Callable[..., Any], ...] = (
-    causal.convert, domains.learn, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
+    causal.convert, learn.learn, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
     causal.generate, causal.counterfactual, training.evaluate,
 )  # fmt: skip
 _OF_ONE_FORMAT: tuple[Callable[..., Any], ...] = (domains.verify, training.train)

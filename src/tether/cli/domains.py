@@ -1,4 +1,4 @@
-"""Commands on domains: learn, fuse, certify, verify, and the demo of all of them."""
+"""Commands on domains: fuse, certify, verify, and the demo of all of them."""
 
 import math
 from pathlib import Path
@@ -7,18 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from tether.cli.accounted import account_lines, value_lines
-from tether.cli.adapters import fuse_adapters, learn_adapter
+from tether.cli.adapters import fuse_adapters
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.placing import load, place
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
-from tether.names import check_name
 
-__all__ = ["certify", "demo", "fuse", "learn", "verify"]
+__all__ = ["certify", "demo", "fuse", "verify"]
 
-BUDGET = 0.05
-"""Of `learn`, where neither a budget nor a penalty is given."""
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -45,121 +42,6 @@ def demo(
         f"model        {out / 'fused'}   (try it: tether generate {out / 'fused'} 'Patient: age 52,')",
     ]
     emit(results, as_json, "\n".join(lines))
-
-
-def learn(
-    model: Annotated[str, typer.Argument(help="Base: checkpoint folder, alias, path or hub id.")],
-    text: Annotated[Path, typer.Option(help="The domain's text: .jsonl with 'text' a line, or plain.")],
-    base_text: Annotated[Path, typer.Option(help="General text on which the drift is held, likewise.")],
-    out: Annotated[Path, typer.Option(help="The delta file to write, customarily NAME.delta.")],
-    budget: Annotated[
-        float | None,
-        typer.Option(help="Mean drift allowed on base text, nats per token.", show_default=f"{BUDGET:g}"),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="What the budget is in: softmax, fisher or latent.")
-    ] = "softmax",
-    penalty: Annotated[
-        float | None, typer.Option(help="The paper's plain lambda instead of a budget.")
-    ] = None,
-    chart: Annotated[
-        str, typer.Option(help="Chart of the delta: symmetric, linear, geodesic, rootkl, matrix.")
-    ] = "symmetric",
-    features: Annotated[
-        str, typer.Option(help="What the delta reads: last, or multi (three middle layers too).")
-    ] = "last",
-    location_only: Annotated[
-        bool, typer.Option("--location-only", help="Leave scales alone: exact to export.")
-    ] = False,
-    keep_values: Annotated[
-        bool,
-        typer.Option(
-            "--keep-values",
-            help="Leave what the model says of numbers exactly as it is (chart matrix, location only).",
-        ),
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of the delta at most: a smaller file; whole if left out.")
-    ] = None,
-    quantile: Annotated[
-        float | None, typer.Option(help="Limit this quantile of the drift instead of its mean.")
-    ] = None,
-    hard: Annotated[
-        bool, typer.Option("--hard", help="Limit the drift of every training context, as the paper has it.")
-    ] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use, in whole windows.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next fit.")] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Learn a PEFT adapter on the backbone instead of a delta: lora.")
-    ] = None,
-    no_gate: Annotated[
-        bool, typer.Option("--no-gate", help="Fit no gate: the delta then acts everywhere.")
-    ] = False,
-    held_out: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the text to keep aside and choose the strength on, at most 2,048 tokens; 0 for none.",
-            show_default="0.15",
-        ),
-    ] = None,
-    no_sample: Annotated[
-        bool, typer.Option("--no-sample", help="Private text: let the file carry none of what is kept aside.")
-    ] = False,
-    as_json: JSON = False,
-) -> None:
-    """Learn a domain as a delta of the abduction head, on a drift budget."""
-    quiet_libraries()
-    from tether.store.place import check_file, check_place
-
-    check_name(out.stem)
-    if cache is not None:
-        check_place(cache / "states")
-    if adapter is not None:
-        # Options of deltas only, by the value they have when they are given.
-        delta_only = {
-            "penalty": penalty is not None, "chart": chart != "symmetric", "features": features != "last",
-            "location_only": location_only, "hard": hard, "keep_values": keep_values, "rank": rank is not None,
-        }  # fmt: skip
-        learn_adapter(
-            adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
-            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, held_out=held_out, sample=not no_sample,
-            as_json=as_json, **delta_only,
-        )  # fmt: skip
-        return
-    from tether.cli.learnt import learnt_told
-    from tether.delta.held_out import HELD_OUT
-    from tether.delta.learning import check_options, learn_delta
-    from tether.store.documents import read_documents
-
-    # All that can be wrong without the model is found before it is loaded.
-    of_budget = {
-        "budget": budget is not None,
-        "metric": metric != "softmax",
-        "quantile": quantile is not None,
-    }
-    if penalty is not None and any(of_budget.values()):
-        given = ", ".join(f"--{name}" for name, value in of_budget.items() if value)
-        raise ConfigError(f"--penalty with {given}: a penalty takes the budget's place; leave one out")
-    options: dict[str, Any] = {
-        "budget": BUDGET if budget is None and penalty is None else budget, "metric": metric, "penalty": penalty,
-        "chart": "matrix" if keep_values and chart == "symmetric" else chart, "features": features,
-        "location_only": location_only or keep_values, "quantile": quantile, "hard": hard,
-        "keep_values": keep_values, "rank": rank,
-        "gate": not no_gate, "held_out": HELD_OUT if held_out is None else held_out,
-    }  # fmt: skip
-    check_options(**options)
-    check_file(out)
-    own, general = read_documents(text), read_documents(base_text)
-    base, tokenizer = load(model)
-    with reporter() as steps:
-        delta = learn_delta(
-            base, tokenizer, own, base_texts=general, name=out.stem, tokens=tokens, cache_folder=cache,
-            sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
-        )  # fmt: skip
-    delta.save(out)
-    told = learnt_told(delta.record, delta.sample, model=model, out=out, asked=not no_sample)
-    record = {key: value for key, value in delta.record.items() if key != "curve"}
-    emit({"path": str(out), "name": delta.name, **record, "sample": list(delta.sample)}, as_json, told)
 
 
 def fuse(

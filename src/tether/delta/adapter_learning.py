@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def fit_adapter(
         "curve": loop.curve,
         "tokens": int((own.windows.targets >= 0).sum()) * fit.epochs,
         "factor": 1.0,
+        "fit": {field.name: getattr(fit, field.name) for field in fields(fit) if field.name != "budget"},
         "versions": versions() | {"peft": version("peft")},
     }
     if fit.budget is not None:
