@@ -21,6 +21,17 @@ def _pairs(folder):
     return read_pairs(folder / "pairs.jsonl")
 
 
+def _conversations(folder):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
+    )
+    opened = read_documents(folder / "talks.jsonl")
+    return list(opened), [
+        part for talk in opened for part in getattr(talk, "parts", lambda _: [talk])(tokenizer)
+    ]
+
+
 def _probes(folder):
     return read_probes(folder / "probes.jsonl"), read_probes(folder)
 
@@ -28,6 +39,7 @@ def _probes(folder):
 READERS = {
     "documents": Reader(_documents, {"text.jsonl": "lines", "text.txt": "text"}, 0.3),
     "pairs": Reader(_pairs, {"pairs.jsonl": "lines"}, 0.3),
+    "conversations": Reader(_conversations, {"talks.jsonl": "lines"}, 0.3),
     "probes": Reader(_probes, {"probes.jsonl": "lines", "metadata.jsonl": "lines"}, 0.5),
     "yaml": Reader(lambda folder: read_yaml(folder / "o.yaml"), {"o.yaml": "text"}, 0.1),
 }
@@ -44,6 +56,9 @@ def whole(tmp_path_factory):
     (folders["documents"] / "text.txt").write_text("One text: café.\n" * 4, encoding="utf-8")
     pairs = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}"} for n in range(4)]
     (folders["pairs"] / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four: café."}]
+    talks = [{"messages": turns * (1 + n), "source": n} for n in range(4)]
+    (folders["conversations"] / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     (folders["probes"] / "a.png").write_bytes(b"")
     for name, field in (("probes.jsonl", "image"), ("metadata.jsonl", "file_name")):
         lines = [{"text": "What colour?", field: "a.png"}, {"text": "Go on"}, {"text": "And then?"}]

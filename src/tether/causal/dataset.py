@@ -1,7 +1,7 @@
 """Documents -> tokens, numbers and labels in windows -> batches padded on the right."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from tether.causal.losses import IGNORE
 from tether.causal.numbers import NumericTokenizer
 from tether.causal.pairs import Document
 from tether.errors import ConfigError
+from tether.store.marked import Marked
 
 __all__ = ["Examples", "count_labels", "make_examples", "shuffled"]
 
@@ -216,6 +217,8 @@ def _encode(document: Document, tokenizer: Any, window: int, packed: bool) -> _P
         ids = tokenizer(text, truncation=False, verbose=False, **options)["input_ids"]
         return ids, [0.0] * len(ids)
 
+    if isinstance(document, Marked):
+        return _marked(document, tokenizer, tokens)
     if isinstance(document, str):
         before, (ids, values) = 0, tokens(document)
     else:
@@ -230,3 +233,16 @@ def _encode(document: Document, tokenizer: Any, window: int, packed: bool) -> _P
     labels = [IGNORE] * max(before, 1) + ids[max(before, 1) :]
     cut = min(before, max(len(ids) - window, 0))
     return _Piece(ids[cut:], values[cut:], labels[cut : len(ids)])
+
+
+# A conversation, of which the assistant's turns are learnt, or a prompt with its completion.
+def _marked(document: Marked, tokenizer: Any, tokens: Callable[..., tuple[list[int], list[float]]]) -> _Piece:
+    piece, begins = _Piece([], [], []), not document.is_conversation
+    for part in document.parts(tokenizer):
+        plain = {"split_special_tokens": True} if part.plain else {}
+        ids, values = tokens(part.text, add_special_tokens=begins, **plain)
+        piece.input_ids.extend(ids)
+        piece.values.extend(values)
+        piece.labels.extend(ids if part.learnt else [IGNORE] * len(ids))
+        begins = False
+    return piece

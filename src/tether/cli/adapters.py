@@ -88,7 +88,7 @@ def learn_adapter(
             cache_folder=cache, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
         )  # fmt: skip
     adapter.save(out, inputs={"domain": own.sha256, "base": general.sha256})
-    told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample)
+    told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample, kind=own.kind)
     record = {key: value for key, value in adapter.record.items() if key != "curve"}
     emit({"path": str(out), "name": adapter.name, **record, "sample": list(adapter.sample)}, as_json, told)
 

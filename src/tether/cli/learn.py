@@ -23,7 +23,12 @@ JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def learn(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Base: checkpoint folder, alias, path or hub id.")],
-    text: Annotated[Path, typer.Option(help="The domain's text: .jsonl with 'text' a line, or plain.")],
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="The domain's text: JSON lines with text, with prompt and completion, or with messages; or plain."
+        ),
+    ],
     base_text: Annotated[Path, typer.Option(help="General text on which the drift is held, likewise.")],
     out: Annotated[Path, typer.Option(help="The delta file to write, customarily NAME.delta.")],
     budget: Annotated[
@@ -173,6 +178,6 @@ def learn(
             cache_folder=cache, sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
         )  # fmt: skip
     delta.save(out)
-    told = learnt_told(delta.record, delta.sample, model=model, out=out, asked=not no_sample)
+    told = learnt_told(delta.record, delta.sample, model=model, out=out, asked=not no_sample, kind=own.kind)
     record = {key: value for key, value in delta.record.items() if key != "curve"}
     emit({"path": str(out), "name": delta.name, **record, "sample": list(delta.sample)}, as_json, told)

@@ -14,8 +14,21 @@ METRICS = {
 }
 
 
+OF = {
+    "text": "", "prompt": ", those of the completions",
+    "messages": ", those of the assistant's turns in conversations",
+}  # fmt: skip
+"""Of which part of the rows of a text tokens are counted."""
+
+
 def learnt_told(
-    record: Mapping[str, Any], sample: Sequence[str], *, model: str, out: Path, asked: bool = True
+    record: Mapping[str, Any],
+    sample: Sequence[str],
+    *,
+    model: str,
+    out: Path,
+    asked: bool = True,
+    kind: str = "text",
 ) -> str:
     """Put the record of a delta or an adapter into sentences.
 
@@ -25,11 +38,12 @@ def learnt_told(
         model: the base, as the user named it.
         out: where it was written.
         asked: whether a sample was asked for.
+        kind: what the rows of the text are, one of `tether.store.marked.KINDS`.
 
     Returns:
         One line a fact: the text, the domain's loss, base text, the budget, the sample, the next command.
     """
-    lines = [f"{out} was learnt from {record['tokens']:,} tokens. {record['held_out']['note']}"]
+    lines = [f"{out} was learnt from {record['tokens']:,} tokens{OF[kind]}. {record['held_out']['note']}"]
     lines += [*_domain(record), *_numbers(record), _base(record), _budget(record), _sample(sample, asked)]
     lines += [f"Warning: {warning}" for warning in record["warnings"]]
     fused = out.with_name(f"{out.stem}-fused")

@@ -11,6 +11,7 @@ from tether.delta.carried import SAMPLE_BYTES, SAMPLE_DOCUMENTS
 from tether.delta.gate import FOLDS
 from tether.delta.windows import Windows
 from tether.errors import ConfigError
+from tether.store.marked import Marked
 
 __all__ = ["HELD_OUT", "HeldOut", "check_share", "hold_out", "leave_out", "sample_texts"]
 
@@ -178,7 +179,8 @@ def sample_texts(held_out: HeldOut, documents: Sequence[str], tokenizer: Any) ->
         torch.linspace(0, len(away) - 1, min(len(away), SAMPLE_DOCUMENTS), dtype=torch.float64).long()
     ]
     if held_out.kind == "documents":
-        texts = [documents[number] for number in away.tolist()]
+        chosen = [documents[number] for number in away.tolist()]
+        texts = [each.spelt(tokenizer) if isinstance(each, Marked) else each for each in chosen]
     else:
         texts = [_written(held_out.windows, number, tokenizer) for number in away.tolist()]
     return tuple(filter(None, (_cut(text, SAMPLE_BYTES // len(texts)) for text in texts)))

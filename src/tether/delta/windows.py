@@ -11,8 +11,9 @@ from tether.causal.losses import IGNORE
 from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
 from tether.store.documents import beginning
+from tether.store.marked import Marked
 
-__all__ = ["Batch", "Windows", "encode", "reader", "window_text"]
+__all__ = ["Batch", "Encoded", "Windows", "encode", "encode_marked", "reader", "window_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Windows(NamedTuple):
 
     Attributes:
         input_ids: all tokens, shape (n,), int64.
-        targets: the next token within the same window, `IGNORE` at each window's end, shape (n,), int64.
+        targets: the next token within the same window, `IGNORE` at each window's end and where the next token is not
+            learnt (`tether.store.marked`), shape (n,), int64.
         documents: which document each token is from, shape (n,), int64, from 0.
         starts: offset of each window, and n at the end, shape (W + 1,), int64.
         numeric_values: the number that each `<NUM>` stands for, 0 elsewhere, shape (n,), float64; None for a text
@@ -136,18 +138,19 @@ def window_text(
         raise ConfigError(f"window of {length}, tokens={tokens}: expected at least 2 and at least 1")
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
-    pieces: list[tuple[int, list[int], list[float]]] = []
+    pieces: list[tuple[int, list[int], list[float], list[bool]]] = []
     total = skipped = read = 0
     for number in range(len(documents)):
         wanted = [per_document * length] if per_document is not None else []
         wanted += [tokens - total + length] if tokens is not None and not whole else []
-        ids, values = _encode_beginning(tokenizer, documents, number, min(wanted, default=None))
-        cuts = [(ids[at : at + length], values[at : at + length]) for at in range(0, len(ids), length)]
-        kept = [cut for cut in cuts if len(cut[0]) >= min(SHORTEST, length)][:per_document]
+        encoded = _encode_beginning(tokenizer, documents, number, min(wanted, default=None))
+        ends = range(0, len(encoded.ids), length)
+        cuts = [encoded.cut(at, at + length) for at in ends]
+        kept = [cut for cut in cuts if _worth(cut, min(SHORTEST, length))][:per_document]
         read, skipped = read + 1, skipped + (not kept)
         for cut in kept:
             pieces.append((number, *cut))
-            total += len(cut[0])
+            total += len(cut.ids)
             if tokens is not None and total >= tokens and not whole:
                 break
         if tokens is not None and total >= tokens:
@@ -159,21 +162,25 @@ def window_text(
         )
     if skipped:
         logger.warning(
-            "%s: %d of %d documents are shorter than %d tokens and left out",
+            "%s: %d of %d documents are shorter than %d tokens, or nothing of them is learnt, and left out",
             name,
             skipped,
             read,
             min(SHORTEST, length),
         )
-    lengths = torch.tensor([len(ids) for _, ids, _ in pieces])
-    input_ids = torch.tensor([token for _, ids, _ in pieces for token in ids])
+    lengths = torch.tensor([len(ids) for _, ids, *_ in pieces])
+    input_ids = torch.tensor([token for _, ids, *_ in pieces for token in ids])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     targets = torch.cat([input_ids[1:], torch.tensor([IGNORE])])
+    if any(marks for *_, marks in pieces):
+        learnt = [each for _, ids, _, marks in pieces for each in marks or [True] * len(ids)]
+        targets[:-1][~torch.tensor(learnt)[1:]] = IGNORE
     targets[starts[1:] - 1] = IGNORE
     numbers = torch.tensor([number for number, *_ in pieces]).repeat_interleave(lengths)
     numeric_values = None
     if isinstance(tokenizer, NumericTokenizer):
-        numeric_values = torch.tensor([value for *_, found in pieces for value in found], dtype=torch.float64)
+        values = [value for _, _, found, _ in pieces for value in found]
+        numeric_values = torch.tensor(values, dtype=torch.float64)
     return Windows(input_ids, targets, numbers, starts, numeric_values)
 
 
@@ -201,26 +208,90 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
     Returns:
         Ids and numbers, of one length; without numbers the second list is empty.
     """
+    if isinstance(text, Marked):
+        return encode_marked(tokenizer, text)[:2]
     if isinstance(tokenizer, NumericTokenizer):
         encoded = tokenizer(text)
         return list(encoded["input_ids"]), list(encoded["numeric_values"])
     return tokenizer(text, truncation=False, verbose=False)["input_ids"], []
 
 
+class Encoded(NamedTuple):
+    """A document, or a window of it.
+
+    Attributes:
+        ids: of its tokens.
+        values: the numbers at each, or empty without numbers.
+        learnt: which tokens are learnt, or empty where all are.
+    """
+
+    ids: list[int]
+    values: list[float]
+    learnt: list[bool]
+
+    def cut(self, begin: int, end: int) -> "Encoded":
+        """Cut a window out.
+
+        Args:
+            begin: its first token.
+            end: the one after its last.
+
+        Returns:
+            The window, shorter where the document ends.
+        """
+        part = slice(begin, end)
+        return Encoded(self.ids[part], self.values[part], self.learnt[part])
+
+
+def encode_marked(tokenizer: Any, document: Marked) -> Encoded:
+    """Tokenise a document of which a part is learnt, piece by piece.
+
+    Pieces are tokenised apart, so that what is learnt after a prompt is what follows it when a model goes on from it.
+
+    Args:
+        tokenizer: plain or numeric.
+        document: the document.
+
+    Returns:
+        Its tokens.
+    """
+    found = Encoded([], [], [])
+    begins = not document.is_conversation
+    for part in document.parts(tokenizer):
+        options = {"add_special_tokens": begins, **({"split_special_tokens": True} if part.plain else {})}
+        begins = False
+        if isinstance(tokenizer, NumericTokenizer):
+            encoded = tokenizer(part.text, **options)
+            found.values.extend(encoded["numeric_values"])
+        else:
+            encoded = tokenizer(part.text, truncation=False, verbose=False, **options)
+        found.ids.extend(encoded["input_ids"])
+        found.learnt.extend([part.learnt] * len(encoded["input_ids"]))
+    return found
+
+
+# Of a conversation every window counts in which something is learnt, however short.
+def _worth(cut: Encoded, shortest: int) -> bool:
+    return any(cut.learnt[1:]) if cut.learnt else len(cut.ids) >= shortest
+
+
 # A document's first tokens, at least as many as wanted, as they are in the whole document.
-def _encode_beginning(
-    tokenizer: Any, documents: Sequence[str], number: int, wanted: int | None
-) -> tuple[list[int], list[float]]:
+def _encode_beginning(tokenizer: Any, documents: Sequence[str], number: int, wanted: int | None) -> Encoded:
     if wanted is None:
-        return encode(tokenizer, documents[number])
+        document = documents[number]
+        if isinstance(document, Marked):
+            return encode_marked(tokenizer, document)
+        return Encoded(*encode(tokenizer, document), [])
     characters = LETTERS * (wanted + SEAM)
     while True:
         text = beginning(documents, number, characters + 1)
+        if isinstance(text, Marked):
+            return encode_marked(tokenizer, text)
         if len(text) <= characters:
-            return encode(tokenizer, text)
+            return Encoded(*encode(tokenizer, text), [])
         # Where a word ends, the tokens before it know nothing of what follows.
         space = max(text.rfind(" "), text.rfind("\n"))
         ids, values = encode(tokenizer, text[:space] if 2 * space > characters else text)
         if len(ids) - SEAM >= wanted:
-            return ids[:-SEAM], values[:-SEAM]
+            return Encoded(ids[:-SEAM], values[:-SEAM], [])
         characters *= 2

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tether.errors import ConfigError
+from tether.store.marked import Marked, document_of, kind_of
 from tether.store.opened import Plain, Text, counted, read_lines, read_plain
 from tether.store.publish import publish_file
 
@@ -24,7 +26,11 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 def read_documents(path: str | Path) -> Text:
-    """Open a text: JSON lines with a field `text` (one document a line), or a plain file (one document).
+    """Open a text: JSON lines, one document each, or a plain file, which is one document.
+
+    A line has a field `text`, or `prompt` and `completion`, or `messages`, as the first line has it. Of prompts with
+    completions and of conversations only the completions and the assistant's turns are learnt, see
+    `tether.store.marked`.
 
     Args:
         path: a file of JSON lines by its suffix, see `JSON_LINES`, or any other file as UTF-8 text.
@@ -50,18 +56,32 @@ def read_documents(path: str | Path) -> Text:
     return text
 
 
-def documents_of(text: str | Path | Sequence[str]) -> Sequence[str]:
+def documents_of(text: str | Path | Sequence[str | Mapping[str, Any]]) -> Sequence[str]:
     """Give the documents of a text, however it is named.
 
     Args:
-        text: a file, an opened one, or the documents themselves.
+        text: a file, an opened one, or the documents themselves: texts, or rows as in a file.
 
     Returns:
         The documents; those of a file stay there until they are asked for.
+
+    Raises:
+        ConfigError: a row is none that a file may have.
     """
     if isinstance(text, str | Path):
         return read_documents(text)
-    return text if isinstance(text, Text) else list(text)
+    if isinstance(text, Text):
+        return text
+    found = []
+    for number, each in enumerate(text):
+        if isinstance(each, str):
+            found.append(each)
+            continue
+        try:
+            found.append(document_of(each, kind_of(each) or "text"))
+        except ConfigError as error:
+            raise ConfigError(f"row {number}: {error}") from error
+    return found
 
 
 def beginning(documents: Sequence[str], number: int, characters: int) -> str:
@@ -77,7 +97,8 @@ def beginning(documents: Sequence[str], number: int, characters: int) -> str:
     """
     if isinstance(documents, Text):
         return documents.beginning(number, characters)
-    return documents[number][:characters]
+    document = documents[number]
+    return document if isinstance(document, Marked) else document[:characters]
 
 
 def cut_documents(documents: Sequence[str], share: float) -> tuple[Sequence[str], Sequence[str]]:
@@ -89,11 +110,16 @@ def cut_documents(documents: Sequence[str], share: float) -> tuple[Sequence[str]
 
     Returns:
         Both parts; neither is without a document.
+
+    Raises:
+        ConfigError: the only document is a prompt with its completion, or a conversation.
     """
     if isinstance(documents, Plain):
         return documents.cut(share)
     if len(documents) == 1:
         (document,) = documents
+        if isinstance(document, Marked):
+            raise ConfigError("one conversation cannot be cut in two; give at least two")
         at = round(share * len(document))
         at = max(document.rfind(" ", 0, at), document.rfind("\n", 0, at)) + 1 or at
         return [document[:at]], [document[at:]]

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, final, overload
 
 from tether.errors import ConfigError
 from tether.files import text_lines
+from tether.store.marked import Marked, document_of, kind_of
 
 __all__ = ["Lines", "Plain", "Text", "counted", "read_lines", "read_plain"]
 
@@ -38,7 +39,10 @@ class Text(ABC, Sequence[str]):
         path: the file.
         sha256: hash of its bytes, 64 hexadecimal digits.
         documents_hash: what `text_hash` gives for all its documents; None for a part of them.
+        kind: what its rows are, one of `tether.store.marked.KINDS`.
     """
+
+    kind: str = "text"
 
     def __init__(self, path: Path, seen: _Seen) -> None:
         self.path, self._seen = path, seen
@@ -83,9 +87,9 @@ class Text(ABC, Sequence[str]):
 class Lines(Text):
     """Documents that are JSON lines, known by the offsets of their lines."""
 
-    def __init__(self, path: Path, seen: _Seen, offsets: "array[int]") -> None:
+    def __init__(self, path: Path, seen: _Seen, offsets: "array[int]", kind: str = "text") -> None:
         super().__init__(path, seen)
-        self._offsets = offsets
+        self._offsets, self.kind = offsets, kind
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -95,10 +99,12 @@ class Lines(Text):
         with self.path.open("rb") as stream:
             self._unchanged(stream)
             stream.seek(offset)
-            return _line_text(stream.readline())[:characters]
+            document = _line_document(stream.readline(), self.kind)
+            # What is learnt of a document is known of a whole one alone.
+            return document if isinstance(document, Marked) else document[:characters]
 
     def _some(self, rows: slice) -> "Lines":
-        return Lines(self.path, self._seen._replace(documents=None), self._offsets[rows])
+        return Lines(self.path, self._seen._replace(documents=None), self._offsets[rows], self.kind)
 
 
 @final
@@ -187,35 +193,47 @@ def read_lines(path: Path, stream: IO[bytes]) -> Lines | None:
         Its documents, or None if there are none.
 
     Raises:
-        ConfigError: a line is not a JSON object with a text, not UTF-8, or longer than `tether.files.LINE_BYTES`.
+        ConfigError: a line is not a JSON object with the fields that the first one has (`tether.store.marked.KINDS`),
+            not UTF-8, or longer than `tether.files.LINE_BYTES`.
     """
     stamp, mark = _stamp(stream), _mark(stream)
     raw, digest, offsets, offset = hashlib.sha256(mark), hashlib.sha256(), array("q"), len(mark)
+    kind = ""
     for number, line in enumerate(text_lines(path, stream), start=1):
         raw.update(line)
         try:
-            document = _line_text(line) if line.strip() else ""
-            data = document.encode()  # half a character (a lone surrogate) is no text
+            kind = kind or _line_kind(line)
+            document = _line_document(line, kind) if line.strip() else ""
+            data = document.encode()
         except UnicodeDecodeError as error:
             raise ConfigError(_not_utf8(path, error, offset)) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError, ConfigError) as error:
             shown = line[:240].decode(errors="replace")[:60]
-            raise ConfigError(
-                f'{path}, line {number}: expected a JSON object with a field "text"; got {shown!r}'
-            ) from error
+            what = str(error) if isinstance(error, ConfigError) else "expected a JSON object"
+            first = (
+                ", as in the first line"
+                if isinstance(error, ConfigError) and kind not in ("", "text")
+                else ""
+            )
+            raise ConfigError(f"{path}, line {number}: {what}{first}; got {shown!r}") from error
         if document.strip():
             offsets.append(offset)
             digest.update(counted(data))
         offset += len(line)
     if not offsets:
         return None
-    return Lines(path, _Seen(stamp, raw.hexdigest(), f"sha256:{digest.hexdigest()}"), offsets)
+    return Lines(path, _Seen(stamp, raw.hexdigest(), f"sha256:{digest.hexdigest()}"), offsets, kind)
 
 
-# Not by the strict reader: rows of data sets have fields of any kind, and this one text is all that is taken.
-def _line_text(line: bytes) -> str:
-    text: str = "" + json.loads(line.decode())["text"]  # a number is no text
-    return text
+# Not by the strict reader: rows of data sets have fields of any kind, and these texts are all that is taken.
+def _line_document(line: bytes, kind: str) -> str:
+    return document_of(json.loads(line.decode()), kind)
+
+
+def _line_kind(line: bytes) -> str:
+    if not line.strip():
+        return ""
+    return kind_of(json.loads(line.decode())) or "text"
 
 
 def read_plain(path: Path, stream: IO[bytes]) -> Plain | None:
