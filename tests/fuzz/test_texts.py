@@ -10,6 +10,7 @@ from tether.causal.pairs import holds_pairs, read_pairs
 from tether.merge.probes import read_probes
 from tether.reading import read_yaml
 from tether.store.documents import read_documents, write_documents
+from tether.store.marked import Marked
 
 
 def _documents(folder):
@@ -27,9 +28,7 @@ def _conversations(folder):
         "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}"
     )
     opened = read_documents(folder / "talks.jsonl")
-    return list(opened), [
-        part for talk in opened for part in getattr(talk, "parts", lambda _: [talk])(tokenizer)
-    ]
+    return [talk.parts(tokenizer) if isinstance(talk, Marked) else talk for talk in opened]
 
 
 def _probes(folder):

@@ -315,3 +315,14 @@ def test_hashes_of_files(tmp_path):
         sha256_file(tmp_path / "x")
     with pytest.raises(CheckpointError, match="cannot be read"):
         sha256_file(tmp_path)
+
+
+@pytest.mark.parametrize("dimensions", [64, 65, 4000])
+def test_a_tensor_of_more_dimensions_than_any_library_has_is_damage(tmp_path, dimensions):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1] * dimensions, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    if dimensions > 64:
+        with pytest.raises(CheckpointError, match=f"'a' has {dimensions} dimensions, expected 64 at most"):
+            CheckpointReader(tmp_path / "a.safetensors")
+    else:
+        assert CheckpointReader(tmp_path / "a.safetensors").tensor("a").dim() == dimensions

@@ -15,6 +15,8 @@ __all__ = ["Entry", "get", "opened", "read_header", "read_index"]
 
 INDEX_BYTES: Final = 64 * 2**20
 """Size of an index at most: half a million tensors have less."""
+DIMENSIONS: Final = 64
+"""Of a tensor at most: neither numpy nor torch has more."""
 HEADER_BYTES: Final = 100 * 2**20
 """Size of a header at most, as the safetensors library has it."""
 
@@ -109,7 +111,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     Raises:
         CheckpointError: If the file is missing, is no plain file, or is damaged.
-    """  # noqa: DOC502 - raised by opened
+    """
     with opened(file, "numpy"):
         pass
     with file.open("rb") as stream:
@@ -118,6 +120,11 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     # The library has found the rest in order: types that it knows, and offsets that cover the file.
     entries = {}
     for name, tensor in (header.__pydantic_extra__ or {}).items():
+        if len(tensor.shape) > DIMENSIONS:
+            raise CheckpointError(
+                f"{file} is damaged: tensor {name[:80]!a} has {len(tensor.shape)} dimensions, expected {DIMENSIONS} at "
+                "most; take another copy"
+            )
         start, stop = (8 + length + offset for offset in tensor.data_offsets)
         entries[name] = Entry(file, tensor.dtype, tuple(tensor.shape), start, stop)
     return entries, header.metadata or {}
