@@ -1,4 +1,5 @@
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -62,6 +63,34 @@ def test_a_missing_tokenizer_is_found_before_the_weights_are_read(folder):
     (folder / "model.safetensors").write_bytes(b"not read")
     with pytest.raises(CheckpointError, match="tokenizer"):
         loading.load(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["base", "converted"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 65_536},
+        {"hidden_size": 16_384, "intermediate_size": 1_000_000},
+        {"hidden_size": 8_192, "vocab_size": 1_000_000},
+    ],
+)
+def test_widths_that_make_more_than_any_memory_holds_are_refused_without_it(folder, tmp_path, kind, sizes):
+    place = folder
+    if kind == "converted":
+        place = tmp_path / "converted"
+        loading.load(str(folder))[0].save_pretrained(place)
+        tiny.tokenizer().save_pretrained(place)
+    path = place / "config.json"
+    content = json.loads(path.read_text())
+    inner = content if "hidden_size" in content else content["backbone_config"]
+    assert set(sizes) <= set(inner)
+    inner |= sizes
+    path.write_text(json.dumps(content))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(CheckpointError, match="makes a model of"):
+        loading.load(str(place))
+    # In kilobytes: what a tenth of one such matrix would take.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - usage.ru_maxrss < 500_000
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing"])

@@ -10,10 +10,16 @@ from tether.files import check_plain, read_bytes
 from tether.reading import JSON_BYTES, parse_json
 from tether.store.reader import CheckpointReader
 
-__all__ = ["check_folder"]
+__all__ = ["check_folder", "check_size"]
 
 LEAST_BOUND: Final = 2**20
-"""Widths up to this are taken at their word: what they make is small, and some belong to parts without weights."""
+"""Widths up to this are taken at their word here: some belong to parts without weights."""
+PACKED: Final = 16
+"""Numbers of a model for one that is stored, at most: quantised weights are packed, eight and more in one."""
+EXPERTS: Final = 4096
+"""Experts of a layer at most: some families make a module for each."""
+SPARE: Final = 2**24
+"""Numbers of a model without any that are stored: positions and other tables that are made."""
 _WIDTHS: Final = (
     "_size",
     "_dim",
@@ -81,12 +87,53 @@ def _check_sizes(folder: Path, file: Path, content: dict[str, Any]) -> None:
     numbers = max(sum(prod(reader.shape(name)) for name in reader.names), LEAST_BOUND)
     for field, value in _fields(content):
         key = field.rpartition(".")[2]
-        most = len(reader.names) if key in _DEPTHS else numbers if key.endswith(_WIDTHS) else None
+        most = numbers if key.endswith(_WIDTHS) else None
+        most = len(reader.names) if key in _DEPTHS else EXPERTS if key.endswith("_experts") else most
         if most is not None and value > most:
             raise CheckpointError(
                 f"{file}: {field} is {value}; the weights beside it have {len(reader.names)} tensors and "
                 f"{numbers} numbers at most, so take another copy of both"
             )
+
+
+def check_size(path: str, name: str) -> None:
+    """Refuse a config that makes a model of far more numbers than its weights have.
+
+    What a config makes is counted on the meta device, without memory: the product of two widths that are each harmless
+    may be more than any machine has. Cost: the modules without their weights, about a tenth of a second.
+
+    Args:
+        path: of a folder that `check_folder` has passed, or a hub id, at which nothing is checked.
+        name: what the user calls it.
+
+    Raises:
+        CheckpointError: the config makes too large a model.
+    """
+    folder = Path(path)
+    if not any(folder.glob("model*.safetensors*")):
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    reader = CheckpointReader(folder)
+    stored = sum(prod(reader.shape(each)) for each in reader.names)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        made = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    except Exception as error:
+        # Whatever is wrong with it, loading says so; only what it says without an end is of interest here.
+        if isinstance(error, OverflowError) or "overflow" in str(error).lower():
+            raise CheckpointError(
+                f"{name}: no model can be made of its config ({str(error).splitlines()[0][:200]}); take another copy"
+            ) from error
+        return
+    if made > PACKED * stored + SPARE:
+        raise CheckpointError(
+            f"{name}: its config makes a model of {made:,} numbers, the weights beside it have {stored:,}; take "
+            "another copy of both"
+        )
 
 
 def _fields(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tether.causal.folder import check_folder
+from tether.causal.folder import check_folder, check_size
 from tether.errors import CheckpointError, ConfigError
 from tether.store.hashing import sha256_file
 from tether.store.hub import hub_copy
@@ -163,6 +163,7 @@ def load_backbone(
     """  # noqa: DOC502 - raised by what it calls
     path = resolve(name)
     check_folder(path, name)
+    check_size(path, name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, path, name)
