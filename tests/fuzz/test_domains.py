@@ -151,8 +151,9 @@ def test_no_damaged_certificate_holds(whole, tmp_path):
     for seed in cases("certificate", reader, whole["certificate"], tmp_path / "read"):
         path = tmp_path / "read" / "cert.json"
         try:
-            same = json.loads(path.read_bytes()) == undamaged  # a space more, or 1.0 for 1: it says the same
-        except (ValueError, RecursionError):
+            # A space more, 1.0 for 1, or no signature where it is empty: it says the same.
+            same = {"signature": ""} | json.loads(path.read_bytes()) == undamaged
+        except (ValueError, RecursionError, TypeError):
             same = False
         try:
             holds = same or verify(path) == []
