@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from typer.core import TyperCommand
 
 from tether._version import __version__
-from tether.cli import causal, domains, export, learn, ledger, merge, router, theory, training
+from tether.cli import causal, doctor, domains, export, learn, ledger, merge, router, theory, training
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
 from tether.cli.placing import placed
@@ -68,6 +68,7 @@ _OF_ONE_FORMAT: tuple[Callable[..., Any], ...] = (domains.verify, training.train
 for number_formats, commands in ((True, _LOADING), (False, _OF_ONE_FORMAT)):
     for each in commands:
         app.command()(placed(each, dtype=number_formats))
+app.command()(doctor.doctor)
 app.add_typer(theory.app)
 app.add_typer(merge.merge_app, name="merge")
 for group in (app, theory.app, merge.merge_app):

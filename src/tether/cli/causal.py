@@ -53,7 +53,7 @@ def convert(
     documents = None if calibrate is None else read_documents(calibrate)
     if documents and preset == "paper":
         raise ConfigError(
-            "--calibrate with --preset paper: the paper's numbers are not fitted; leave one out"
+            "--calibrate with --preset paper: the numbers of that preset are fixed; leave one out"
         )
     backbone, tokenizer = load_backbone(base)
     model = CausalQwenForCausalLM.from_backbone(backbone, preset=preset, **overrides)

@@ -39,7 +39,10 @@ def learn(
         str, typer.Option(help="What the budget is in: softmax, fisher or latent.")
     ] = "softmax",
     penalty: Annotated[
-        float | None, typer.Option(help="The paper's plain lambda instead of a budget.")
+        float | None,
+        typer.Option(
+            help="Weight of a plain penalty on the drift at the domain's own contexts, instead of a budget."
+        ),
     ] = None,
     chart: Annotated[
         str, typer.Option(help="Chart of the delta: symmetric, linear, geodesic, rootkl, matrix.")
@@ -69,7 +72,8 @@ def learn(
         float | None, typer.Option(help="Limit this quantile of the drift instead of its mean.")
     ] = None,
     hard: Annotated[
-        bool, typer.Option("--hard", help="Limit the drift of every training context, as the paper has it.")
+        bool,
+        typer.Option("--hard", help="Limit the drift of every single training context, not of their mean."),
     ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use, in whole windows.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next fit.")] = None,
