@@ -9,17 +9,21 @@ import numpy as np
 import torch
 from typer.testing import CliRunner
 
+from tether.cli.tables import table
 from tether.cli.theory import app
 from tether.report.theory_figures import write_figures
 from tether.store.publish import publish_file
+from tether.theory.bounds import scaling_bound
 from tether.theory.catalogue import STATEMENTS, statement
+from tether.theory.laws import law_figures
+from tether.theory.local import local_drift_bound
 from tether.theory.search import falsify
 from tether.theory.sweep import PAIRED, sweep_pairs, sweep_points
 
 __all__ = ["BLOCKS", "PAGE", "QUICK", "block", "main", "replaced"]
 
 PAGE = Path("docs/how-drift-adds-up.md")
-QUICK = ("statements", "counterexamples", "constants", "scaling", "plan")
+QUICK = ("statements", "counterexamples", "constants", "scaling", "local", "plan")
 """Blocks that take under a second: the tests compare them with the page."""
 
 
@@ -101,6 +105,29 @@ def _scaling() -> str:
     return "```\n" + text[text.index("a \\ e") :]
 
 
+def _local() -> str:
+    budgets = torch.tensor([1e-1, 1e-2, 1e-3, 1e-4, 1e-6], dtype=torch.float64)
+    worst = scaling_bound(budgets, -1.0) / budgets
+    bound = local_drift_bound(budgets[None], -torch.ones(1)) / budgets
+    rows = [
+        [f"{e:g}", f"{w:.5f}", f"{b:.5f}", f"{(b - 1) / (w - 1):.3f}"]
+        for e, w, b in zip(budgets.tolist(), worst.tolist(), bound.tolist(), strict=True)
+    ]
+    columns = ("drift e", "largest D(-p)/e", "Theorem 6", "excess over what is needed")
+    return f"```\n{table(columns, rows)}\n```"
+
+
+def _laws() -> str:
+    rows = [
+        [one.name, *(f"{value:.3f}" for value in one[1:3]), *(f"{value:.4f}" for value in one[3:])]
+        for one in law_figures()
+    ]
+    columns = (
+        "law", "information: scale", "location", "turned", "shifts", "scales", "symmetric", "linear", "many",
+    )  # fmt: skip
+    return f"```\n{table(columns, rows)}\n```"
+
+
 def _searches() -> str:
     found = [falsify(statement("main"), seed=seed) for seed in range(20)]
     return (
@@ -133,6 +160,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "theorem1": lambda: _printed("enclose", "any"),
     "theorem2": lambda: _printed("enclose", "two"),
     "scaling": _scaling,
+    "local": _local,
+    "laws": _laws,
     "effort": _effort,
     "plan": lambda: _printed(
         "plan", "--budgets", "0.1,0.2,0.1", "--weights", "1,0.5,1", "--chart", "symmetric"

@@ -127,3 +127,5 @@ def test_wrong_searches_are_refused():
         falsify(statement("main"), weights=[1.0, 2.0])
     with pytest.raises(ConfigError, match="1 and more"):
         falsify(statement("k-inf-weighted"), weights=[1.0, 0.2])
+    with pytest.raises(ConfigError, match="add up to 1"):
+        falsify(statement("mixture"), weights=[0.5, 0.6])

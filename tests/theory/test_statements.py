@@ -101,7 +101,8 @@ def test_known_points():
 def test_verdicts_are_complete():
     assert {one.verdict for one in STATEMENTS.values()} == {"refuted", "proved", "enclosed", "supported"}
     assert [name for name, one in STATEMENTS.items() if one.verdict == "refuted"] == [
-        "main", "appendix", "sqrt", "weighted", "positive-scale",
+        "main", "appendix", "sqrt", "weighted", "positive-scale", "mixture-means", "fisher-base", "space-main",
+        "space-scales",
     ]  # fmt: skip
     assert all(one.basis and one.source and one.assumptions for one in STATEMENTS.values())
 

@@ -1,11 +1,12 @@
-"""All statements about fused drift: the source's, and those that replace them.
+"""All statements about fused drift: the source's, and those that replace them; other than sums in ``claims``.
 
 Sections named as the basis are those of docs/how-drift-adds-up.md.
 """
 
 from tether.errors import ConfigError
-from tether.theory import sides
+from tether.theory import local, sides
 from tether.theory.bounds import K_INF
+from tether.theory.claims import CLAIMS
 from tether.theory.constants import MONOTONE_DRIFT
 from tether.theory.statements import Statement
 
@@ -35,6 +36,7 @@ def statement(name: str) -> Statement:
 
 
 _SPEC = "spec document 1"
+_LESS_OR_ABOUT = "spec document 2, controlled drift, with the sign for less or about"
 _ANY = "any N, d"
 _SHARPENING = "two equal deltas that sharpen: exact fractions"
 
@@ -71,12 +73,28 @@ STATEMENTS: dict[str, Statement] = {
         ),
         Statement(
             name="weighted",
-            text="D(sum a_k p_k) <= (sum |a_k| sqrt D(p_k))^2",
-            assumptions=f"{_ANY}, real weights",
-            source="spec document 2, controlled drift",
+            text="D(sum a_k p_k) <= (sum |a_k| sqrt D(p_k))^2, taken as exact",
+            assumptions=f"{_ANY}, real weights, deltas of any size",
+            source=f"{_LESS_OR_ABOUT}, read without it",
             sides=sides.rooted(1.0),
             verdict="refuted",
             basis="one delta, a = -1 and a = 1/2: exact fractions",
+            weights="any",
+        ),
+        Statement(
+            name="weighted-local",
+            text=(
+                "D(sum a_k p_k) <= (1 + 2r/sqrt(27) + r^2/16) r^2/4, r = 2 sum |a_k| sqrt(l(D_k)), which is"
+                " (sum |a_k| sqrt D_k)^2 (1 + 4/sqrt(27) (1 + A) sqrt e + O(e)) for D_k <= e, A = sum |a_k|"
+            ),
+            assumptions=(
+                f"{_ANY}, real weights; m = e^D - 1,"
+                " l(D) = m min(1 + 2/sqrt(27) (e^(2 sqrt m) - 1), (sqrt m + sqrt(1 + m))^2)"
+            ),
+            source=f"{_LESS_OR_ABOUT}, which this makes exact",
+            sides=local.within,
+            verdict="proved",
+            basis="Theorem 6",
             weights="any",
         ),
         Statement(
@@ -270,6 +288,7 @@ STATEMENTS: dict[str, Statement] = {
             basis="Theorem 5",
             weights="any",
         ),
+        *CLAIMS,
     )
 }
 """By name."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tether.errors import ConfigError, TetherError
 from tether.theory import precise, witness
-from tether.theory.statements import Statement
+from tether.theory.statements import Statement, is_shared
 from tether.theory.witness import Witness, find_witness
 
 __all__ = ["BOX", "TOLERANCE", "Finding", "falsify"]
@@ -103,7 +103,7 @@ def falsify(
     Args:
         statement: what to falsify.
         count: N, the number of deltas; statements about a fixed number use their own.
-        dimension: d.
+        dimension: d; statements about more dimensions use the least number of their own.
         weights: fixed weights, one a delta; None searches over the weights the statement allows.
         seed: of the starts.
         on_step: called with step and steps.
@@ -119,6 +119,7 @@ def falsify(
         raise ConfigError(f"N={count}, d={dimension}: expected both to be at least 1")
     if weights is not None:
         _check_weights(statement, weights, count)
+    dimension = max(dimension, statement.least_dimension)
     started = time.process_time()
     space = _Space(statement, count, dimension, weights)
     points = space.starts(seed).requires_grad_()
@@ -192,6 +193,10 @@ def _check_weights(statement: Statement, weights: Sequence[float], count: int) -
         )
     if statement.weights == "at least 1" and any(w < 1 for w in weights):
         raise ConfigError(f"{statement.name} is about weights of 1 and more: give such weights")
+    if statement.weights == "shares" and not is_shared(torch.tensor(weights, dtype=torch.float64)):
+        raise ConfigError(
+            f"{statement.name} is about weights that are not negative and add up to 1: give such weights"
+        )
 
 
 def _ascend(space: _Space, start: Tensor) -> tuple[Tensor, int]:

@@ -1,6 +1,7 @@
 """What is claimed about the drift of fused deltas, as functions that can be tested.
 
-A ``Statement`` says ``drift <= bound``: ``sides`` evaluates both for any batch of deltas and weights. Its verdict
+A ``Statement`` says ``drift <= bound``: ``sides`` evaluates both for any batch of deltas and weights. Where it is about
+laws or texts instead, its sides read x and y as scores or losses (``tether.theory.mixtures``). Its verdict
 is ``refuted`` (an exact counterexample exists), ``proved`` (on paper, written out in docs/how-drift-adds-up.md),
 ``enclosed`` (a proof whose computation is done in ball arithmetic) or ``supported`` (numbers only). The
 statements themselves are listed in ``tether.theory.catalogue``.
@@ -25,9 +26,13 @@ __all__ = [
     "Verdict",
     "as_given",
     "fused_drift",
+    "is_shared",
     "positive_scale_drift",
     "single_drifts",
 ]
+
+ROUNDING = 1e-9
+"""How far the sum of weights that are shares may be from 1."""
 
 Verdict: TypeAlias = Literal["refuted", "proved", "enclosed", "supported"]
 Sides: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -64,10 +69,12 @@ class Statement:
     verdict: Verdict
     basis: str
     """What the verdict rests on: a counterexample, a section of the page of proofs, a computation."""
-    weights: Literal["unit", "any", "at least 1"] = "unit"
-    """The weights it is about; others are refused."""
+    weights: Literal["unit", "any", "at least 1", "shares"] = "unit"
+    """The weights it is about; others are refused. Shares are not negative and add up to 1."""
     count: int | None = None
     """The number of deltas it is about; None for any."""
+    least_dimension: int = 1
+    """The least number of dimensions, or contexts, that it is about."""
     place: Place = as_given
     """Brings arbitrary deltas and weights to where the assumptions hold, so that searches stay inside them."""
 
@@ -136,11 +143,31 @@ class Statement:
             raise ConfigError(
                 f"{self.name} is about {self.count} deltas, but {len(x)} are given: give {self.count}"
             )
+        if x.shape[-1] < self.least_dimension:
+            raise ConfigError(
+                f"{self.name} is about {self.least_dimension} dimensions and more, but {x.shape[-1]} are given"
+            )
         if self.weights == "unit" and not (weights == 1).all():
             raise ConfigError(f"{self.name} is about weights 1, but others are given: leave the weights out")
         if self.weights == "at least 1" and not (weights >= 1).all():
             raise ConfigError(f"{self.name} is about weights of 1 and more: give such weights")
+        if self.weights == "shares" and not is_shared(weights):
+            raise ConfigError(
+                f"{self.name} is about weights that are not negative and add up to 1: give such weights"
+            )
         return self.sides(x.double(), y.double(), weights.double())
+
+
+def is_shared(weights: Tensor) -> bool:
+    """Tell whether weights are shares of 1.
+
+    Args:
+        weights: shape (N,) or (N, ...).
+
+    Returns:
+        Whether none is negative and they add up to 1 over the first axis, up to rounding.
+    """
+    return bool((weights >= 0).all() and ((weights.sum(0) - 1).abs() <= ROUNDING).all())
 
 
 def single_drifts(x: Tensor, y: Tensor) -> Tensor:

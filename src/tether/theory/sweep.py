@@ -105,7 +105,8 @@ def sweep_points(
         statement: what to evaluate.
         points: how many points at least, over all shapes.
         seed: of the draws.
-        shapes: pairs (N, d); statements about a fixed number of deltas keep the d.
+        shapes: pairs (N, d); statements about a fixed number of deltas keep the d, those about more dimensions have
+            at least their own least number.
         on_step: called with done and total.
 
     Returns:
@@ -117,7 +118,8 @@ def sweep_points(
     _check_points(points)
     started = time.process_time()
     source = torch.Generator().manual_seed(seed)
-    shapes = sorted({(statement.count or count, dimension) for count, dimension in shapes})
+    least = statement.least_dimension
+    shapes = sorted({(statement.count or count, max(dimension, least)) for count, dimension in shapes})
     share = points / sum(1 / (count * dimension) for count, dimension in shapes)
     total = sum(math.ceil(share / (count * dimension)) for count, dimension in shapes)
     done, violations, worst = 0, 0, 0.0
