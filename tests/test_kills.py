@@ -18,6 +18,7 @@ import torch
 import tiny
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.cli.app import main
+from tether.cli.asked import listen
 from tether.delta.adapter import Adapter
 from tether.delta.delta import Delta
 from tether.demo.pipeline import run_demo
@@ -84,7 +85,7 @@ def start(name, folder, base):
         os.dup2(said, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         if COMMANDS[name] is None:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            listen()
             plan = Plan(
                 base=str(base), train_tokens=3000, test_tokens=600, base_documents=12, base_test_documents=3
             )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 import typer
 
 import tiny
+from tether.cli.asked import ASKED, listen
 from tether.cli.codes import run
 from tether.cli.output import emit, plain
 from tether.cli.progress import reporter
@@ -176,6 +178,35 @@ def test_code_that_a_checkpoint_brings_is_not_run_and_nobody_is_asked(tether, tm
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_end_that_comes_out_as_another_error_is_a_request_to_end(monkeypatch, capsys, number):
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+
+    def body():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as error:
+            # As a library of another language tells it that was reading a file then.
+            raise CheckpointError("cannot be read; take another copy of the file") from error
+
+    try:
+        listen()
+        code, err = ended(monkeypatch, capsys, body)
+        assert code == 130
+        assert "interrupted" in err
+        assert "another copy" not in err
+        # Where the error was taken for a damaged file and the work went on, it ends at the next step.
+        with reporter() as steps, pytest.raises(KeyboardInterrupt):
+            steps("reading")({"done": 1, "total": 2})
+        listen()
+        with reporter() as steps:
+            steps("reading")({"done": 1, "total": 2})
+    finally:
+        ASKED.clear()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def test_a_pattern_of_a_tokenizer_that_does_not_end_is_left_soon(tether, tmp_path):
     tiny.backbone().save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
@@ -184,7 +215,9 @@ def test_a_pattern_of_a_tokenizer_that_does_not_end_is_left_soon(tether, tmp_pat
         "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
     }  # fmt: skip
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    write_documents(tmp_path / "text.jsonl", ["a" * 60 + "b " + text for text in tiny.documents("digits", 40, 1)])
+    write_documents(
+        tmp_path / "text.jsonl", ["a" * 60 + "b " + text for text in tiny.documents("digits", 40, 1)]
+    )
     before = time.process_time()
     code, _, err = tether(
         "learn", tmp_path / "base", "--text", tmp_path / "text.jsonl", "--base-text", tmp_path / "text.jsonl",

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from typer.core import TyperCommand
 
 from tether._version import __version__
 from tether.cli import causal, doctor, domains, export, learn, ledger, merge, router, theory, training
+from tether.cli.asked import listen
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
 from tether.cli.placing import placed
@@ -105,7 +105,7 @@ def root(
 def main() -> None:
     """Run the command line; nothing but a code of `tether.cli.codes` and a message on stderr gets out."""
     # Asked to end, as by a batch system, it leaves as after Ctrl-C: unfinished files are taken away.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listen()
     stop(run(app))
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from tether._version import __version__
+from tether.cli.asked import ASKED
 from tether.cli.output import plain, tell
 from tether.errors import IdentityError, TetherError
 
@@ -66,6 +67,8 @@ def run(command: Callable[[], Any]) -> int:
 
 
 def _stopped(error: BaseException) -> int:
+    if ASKED.is_set():
+        return _interrupted()
     if said := _memory_is_short(error):
         return _full(said)
     if isinstance(error, IdentityError):
@@ -111,7 +114,9 @@ def _left(left: SystemExit) -> int:
     if isinstance(cause, typer.Abort):
         tell("a question could not be answered; tether asks none: name a base that needs none")
         return UNUSABLE
-    if left.code == INTERRUPTED:
+    if left.code == INTERRUPTED or (
+        ASKED.is_set() and left.code not in (DONE, None) and not isinstance(cause, typer.Exit)
+    ):
         return _interrupted()
     if left.code == FAILED and not isinstance(cause, typer.Exit):
         return _fault(left)  # a library left: no check has failed

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tether.cli.asked import go_on
 from tether.cli.output import plain
 
 __all__ = ["Reporter", "reporter"]
@@ -34,6 +35,7 @@ def reporter() -> Iterator[Reporter]:
 
         def start(name: str) -> Callable[[dict[str, float]], None]:
             def on_step(entry: dict[str, float]) -> None:
+                go_on()
                 done, total = (
                     (entry.get("done"), entry.get("total"))
                     if "done" in entry
