@@ -32,7 +32,7 @@ UNHEARD = 141
 
 _FULL = (
     "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc",
-    "failed to map segment", "can't start new thread",
+    "failed to map segment", "can't start new thread", "error return without exception set",
 )  # fmt: skip
 """How libraries say that memory is short, as errors of other types, on the various devices and systems."""
 
@@ -99,7 +99,9 @@ def _memory_is_short(error: BaseException | None) -> str:
         if isinstance(error, MemoryError):
             return "no memory is left"
         # tether's own errors tell what is in files, in whatever words.
-        told = isinstance(error, RuntimeError | ImportError | OSError) and not isinstance(error, TetherError)
+        told = isinstance(error, RuntimeError | ImportError | OSError | SystemError) and not isinstance(
+            error, TetherError
+        )
         if told and any(words in str(error).lower() for words in _FULL):
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
