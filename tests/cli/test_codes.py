@@ -229,23 +229,32 @@ def test_a_pattern_of_a_tokenizer_that_does_not_end_is_left_soon(tether, tmp_pat
     assert not (tmp_path / "out.delta").exists()
 
 
+SHORT = """
+import resource, sys
+import scipy.linalg, torch, transformers
+from tether.causal import loading, modeling
+from tether.cli.app import main
+
+pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+most = pages + (int(sys.argv.pop(1)) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+main()
+"""
+"""Memory is made short once libraries are loaded: some of them wait for memory without an end while they are."""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a limit of memory is another call")
-@pytest.mark.parametrize("megabytes", [400, 600, 700, 800, 1000])
+@pytest.mark.parametrize("megabytes", [1, 5, 20, 60, 200, 1000])
 def test_where_memory_is_really_short_it_is_said_and_nothing_is_left(tmp_path, megabytes):
-    import resource
-
     tiny.backbone().save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
-
-    command = [sys.executable, "-m", "tether.cli.app", "convert", "base", "--out", "model"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    command = [sys.executable, "-c", SHORT, str(megabytes), "convert", "base", "--out", "model"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
     if done.returncode == -signal.SIGABRT:
-        # Libraries of C++ that are being loaded end the process themselves.
-        assert "std::bad_alloc" in done.stderr
+        # Libraries of C++ and Rust end the process themselves where they cannot say that memory is short.
+        assert "bad_alloc" in done.stderr or "memory allocation" in done.stderr
     elif done.returncode:
         assert done.returncode == 2, done.stderr
         assert "tether: out of memory (" in done.stderr
