@@ -550,3 +550,26 @@ def test_safetensors_that_transformers_wrote_can_be_read_by_others(tmp_path):
         save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
     (tmp_path / "new").write_bytes(b"")
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize("where", ["flush", "_remove"])
+def test_a_request_to_end_within_a_swap_leaves_nothing_beside(tmp_path, monkeypatch, where):
+    final = tmp_path / "model"
+    final.mkdir()
+    (final / "old").write_text("old")
+    module = sys.modules["tether.store.publish"]
+    plain, asked = getattr(module, where), []
+
+    def interrupted(path):
+        # Of the swap alone: the first time that its parent is flushed, or that the folder put aside is removed.
+        if not asked and (path == tmp_path or ".old-" in path.name):
+            asked.append(path)
+            raise KeyboardInterrupt
+        plain(path)
+
+    monkeypatch.setattr(module, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), publish_folder(final, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+    assert asked
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in final.iterdir()] == ["new"]

@@ -230,15 +230,20 @@ def _errno(error: BaseException | None) -> int:
 
 def _swap(temporary: Path, final: Path) -> None:
     aside = _sibling(final, "old")
-    final.rename(aside)
     try:
+        final.rename(aside)
         temporary.rename(final)
-    except BaseException:
-        aside.rename(final)
-        raise
-    # The old folder goes only once the disk holds the new name.
-    flush(final.parent)
-    _remove(aside)
+        # The old folder goes only once the disk holds the new name.
+        flush(final.parent)
+    finally:
+        # Also where somebody asks to end in between: what is not published is put back, what is replaced goes.
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        try:
+            _remove(aside)
+        except BaseException:
+            _remove(aside)
+            raise
 
 
 def _clean(folder: Path, name: str | None) -> tuple[Path, ...]:
