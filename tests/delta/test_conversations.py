@@ -195,3 +195,18 @@ def test_templates_that_cannot_be_used_are_refused(template, said):
     plain.chat_template = template
     with pytest.raises(ConfigError, match=said):
         window_text(documents_of([{"messages": TALK}]), plain, length=64)
+
+
+def test_conversations_of_a_model_with_numbers(tokenizer):
+    backbone = tiny.backbone()
+    backbone.resize_token_embeddings(len(tokenizer))
+    numeric = CausalQwenForCausalLM.from_backbone(backbone.eval()).add_numbers(tokenizer)
+    talk = [
+        {"role": "user", "content": "Add 12 and 30."},
+        {"role": "assistant", "content": "That is 42, or 4.2e1."},
+    ]
+    windows = window_text(documents_of([{"messages": talk}]), numeric, length=512, short=True)
+    here = windows.input_ids == numeric.num_token_id
+    assert windows.numeric_values[here].tolist() == [12, 30, 42, 42]
+    learnt = torch.cat([torch.tensor([False]), windows.targets[:-1] != IGNORE])
+    assert windows.numeric_values[here & learnt].tolist() == [42, 42]

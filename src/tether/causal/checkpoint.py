@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
 from tether.store.hashing import sha256_file
 from tether.store.manifest import Input, Manifest, write_manifest
@@ -25,7 +26,7 @@ def save_checkpoint(
 
     Args:
         model: converted or fused.
-        tokenizer: the base's tokenizer.
+        tokenizer: the base's tokenizer; where the model reads numbers, the numeric one is made of a plain one.
         folder: where to; must be absent or empty.
         inputs: files the model was made from, by role, recorded with their hashes.
         replace: whether a folder with content is replaced.
@@ -34,10 +35,18 @@ def save_checkpoint(
         The folder, which becomes the model's `name_or_path`.
 
     Raises:
-        ConfigError: no tokenizer, or the folder is not empty.
+        ConfigError: no tokenizer, a numeric one for a model without `<NUM>`, another model's, or the folder is not
+            empty.
     """
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
+    if model.config.num_token_id is not None:
+        tokenizer = model.add_numbers(tokenizer)
+    elif isinstance(tokenizer, NumericTokenizer):
+        raise ConfigError(
+            "a numeric tokenizer for a model without <NUM>: call model.add_numbers(tokenizer) first, or give its plain "
+            "one (tokenizer.plain())"
+        )
     folder = Path(folder)
     listed = [
         Input(role=role, path=str(path), sha256=sha256_file(path)) for role, path in (inputs or {}).items()

@@ -239,8 +239,7 @@ def _encode(document: Document, tokenizer: Any, window: int, packed: bool) -> _P
 def _marked(document: Marked, tokenizer: Any, tokens: Callable[..., tuple[list[int], list[float]]]) -> _Piece:
     piece, begins = _Piece([], [], []), not document.is_conversation
     for part in document.parts(tokenizer):
-        plain = {"split_special_tokens": True} if part.plain else {}
-        ids, values = tokens(part.text, add_special_tokens=begins, **plain)
+        ids, values = tokens(part.text, add_special_tokens=begins, **part.options(tokenizer))
         piece.input_ids.extend(ids)
         piece.values.extend(values)
         piece.labels.extend(ids if part.learnt else [IGNORE] * len(ids))

@@ -156,7 +156,7 @@ def load_backbone(
         device: where to put the model; None leaves it on the CPU.
 
     Returns:
-        The model in evaluation mode and its tokenizer.
+        The model in evaluation mode and its tokenizer, which reads digits as text.
 
     Raises:
         CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
@@ -166,7 +166,9 @@ def load_backbone(
     check_size(path, name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, path, name)
+    from tether.causal.numbers import without_numbers
+
+    tokenizer = without_numbers(_from_pretrained(AutoTokenizer, path, name))
     model = _from_pretrained(AutoModelForCausalLM, path, name, dtype=dtype or "auto")
     return model.to(device).eval() if device else model.eval(), tokenizer
 
@@ -187,14 +189,21 @@ def load(
         preset: start of the causal head where a plain model is wrapped.
 
     Returns:
-        The model in evaluation mode and its tokenizer.
+        The model in evaluation mode and its tokenizer: a `NumericTokenizer` where the model reads numbers, a plain
+        one where it does not, whichever its folder has.
 
     Raises:
-        CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
-    """  # noqa: DOC502 - raised by what it calls
+        CheckpointError: nothing loadable under that name, a damaged file, no tokenizer, or one with another `<NUM>`
+            than the model's.
+    """
     from tether.causal.modeling import CausalQwenForCausalLM
 
     model, tokenizer = load_backbone(name, dtype, device)
-    if isinstance(model, CausalQwenForCausalLM):
+    if not isinstance(model, CausalQwenForCausalLM):
+        return CausalQwenForCausalLM.from_backbone(model, preset=preset), tokenizer
+    if model.config.num_token_id is None:
         return model, tokenizer
-    return CausalQwenForCausalLM.from_backbone(model, preset=preset), tokenizer
+    try:
+        return model, model.add_numbers(tokenizer)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}; copy the tokenizer's files that belong to it") from error

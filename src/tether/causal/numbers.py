@@ -3,94 +3,115 @@
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.tokenization_utils_base import TruncationStrategy
 
 from tether.causal import placeholder
-from tether.causal.encoding import NumericEncoding
+from tether.causal.encoding import VALUES, NumericEncoding
 from tether.causal.numerals import Numeral, find_numbers
 from tether.causal.placeholder import check_numeric, shortest_floats
 from tether.causal.streaming import NumericStreamer
 from tether.errors import CheckpointError, ConfigError, ShapeError
 from tether.store.hub import unasked
 
-__all__ = ["NumericEncoding", "NumericStreamer", "NumericTokenizer", "check_numeric"]
+__all__ = ["NumericEncoding", "NumericStreamer", "NumericTokenizer", "check_numeric", "without_numbers"]
 
-# fmt: off
-_SHARED = {
-    "pad_token", "pad_token_id", "eos_token", "eos_token_id", "bos_token", "bos_token_id", "unk_token",
-    "unk_token_id", "all_special_ids", "all_special_tokens", "padding_side", "truncation_side", "chat_template",
-    "model_max_length", "vocab_size", "name_or_path", "is_fast", "get_vocab", "convert_ids_to_tokens",
-    "convert_tokens_to_ids", "backend_tokenizer", "init_kwargs",
-}
-# fmt: on
+_UNREAD = (
+    "is_split_into_words", "return_offsets_mapping", "return_overflowing_tokens", "sanitize_control_tokens",
+    "split_special_tokens", "text_pair",
+)  # fmt: skip
+"""Options of transformers' tokenizers under which it would not be known which number a `<NUM>` stands for."""
+_WHOLE = TruncationStrategy.DO_NOT_TRUNCATE
 
 
-class NumericTokenizer:
+class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     """A fast tokenizer that reads every number of a text as one token `<NUM>` with a value.
+
+    It is one of transformers' tokenizers, with everything they do: what it encodes and pads has
+    `numeric_values` beside `input_ids`, and after `import tether`, `AutoTokenizer` loads what it saved.
 
     What is a number is said in `tether.causal.numerals`. `<NUM>` is the token of that name where the
     vocabulary has it; else the first reserved token (`<|reserved_special_token_0|>`, `<unused0>`,
     `<|extra_0|>`, ...) that is neither padding, start or end, nor used by the chat template; else a token
     added under that name. An added token takes the first id after the vocabulary, which is a row the model
     already has when `rows` is larger than the vocabulary. A text that spells the token's name holds those
-    letters and no number. Text without numbers gets exactly the ids of the wrapped tokenizer. Where that
-    one gives back a text exactly, so does this one; spaces that it loses at the start of a text stay lost.
-
-    The names in `_SHARED` (`pad_token_id`, `padding_side`, `chat_template`, ...) are read and set on the
-    wrapped tokenizer.
+    letters and no number. Text without numbers gets exactly the ids of the tokenizer it was made of. Where
+    that one gives back a text exactly, so does this one; spaces that it loses at the start of a text stay lost.
 
     Args:
-        tokenizer: any fast tokenizer; it is copied and stays as it is.
+        tokenizer: any fast tokenizer, plain or numeric; its settings are taken over, and it stays as it is.
         rows: embedding rows of the model; None where unknown.
 
     Attributes:
-        tokenizer: the copy, with `<NUM>` in its vocabulary.
         num_token: the name of `<NUM>` in the vocabulary.
         num_token_id: its id.
         grows: whether the model lacks a row for it and must be resized to `len(self)` rows; without `rows`,
             whether it had to be added.
 
     Raises:
-        ConfigError: the tokenizer is not a fast one, is wrapped, or does not split at special tokens.
+        ConfigError: the tokenizer is not a fast one, or does not split at special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
             raise ConfigError(
                 f"tokenizer {type(tokenizer).__name__}: expected a fast tokenizer of transformers; load it with "
-                "AutoTokenizer.from_pretrained (a NumericTokenizer is wrapped already)"
+                "AutoTokenizer.from_pretrained"
             )
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.num_token = placeholder.choose(self.tokenizer, rows)
-        added = self.num_token not in self.tokenizer.get_vocab()
-        self.num_token_id = placeholder.add(self.tokenizer, self.num_token)
-        self.grows = added if rows is None else self.num_token_id >= rows
-        backend = self.tokenizer.backend_tokenizer
-        self._plain = (backend.normalizer, backend.pre_tokenizer)
-        self._after = placeholder.make_exact(self.tokenizer, self.num_token)
-        names = backend.get_added_tokens_decoder()
+        made = tokenizer.plain() if isinstance(tokenizer, NumericTokenizer) else copy.deepcopy(tokenizer)
+        backend = made.backend_tokenizer
+        name = placeholder.choose(made, rows)
+        added = name not in made.get_vocab()
+        number = placeholder.add(made, name)
+        pipeline = Tokenizer(models.BPE())  # since its parts alone cannot all be copied
+        pipeline.normalizer, pipeline.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        after = placeholder.make_exact(made, name)
+        # All that a tokenizer of transformers knows is in its attributes. Making it again from options would lose
+        # what was set since, and what its own class had for defaults.
+        self.__dict__.update(made.__dict__)
+        self.vocab_files_names = made.vocab_files_names
+        for setting in ("padding_side", "truncation_side"):
+            self.init_kwargs[setting] = getattr(self, setting)
+        self.model_input_names = [*made.model_input_names, VALUES]
+        self.num_token, self.num_token_id = name, number
+        self.grows = added if rows is None else number >= rows
+        self._pipeline, self._after = pipeline, after
+        self._look_at_added_tokens()
+
+    def _look_at_added_tokens(self) -> None:
+        names = self.backend_tokenizer.get_added_tokens_decoder()
         self._special = {number for number, token in names.items() if token.special}
         with_numbers = [re.escape(token.content) for token in names.values() if find_numbers(token.content)]
         self._kept = re.compile("|".join(with_numbers)) if with_numbers else None
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _SHARED:
-            return getattr(self.tokenizer, name)
-        raise AttributeError(f"NumericTokenizer has no {name!r}; the wrapped one is its .tokenizer")
+    def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
+        count: int = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+        self._look_at_added_tokens()
+        return count
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SHARED:
-            setattr(self.tokenizer, name, value)
-        else:
-            super().__setattr__(name, value)
+    # With the pipeline as it was, since the marks around `<NUM>` are not to be in any file.
+    def _unmarked(self, kind: Any) -> PreTrainedTokenizerFast:
+        made = kind.__new__(kind)
+        made.__dict__.update(copy.deepcopy(self.__dict__))
+        backend, pipeline = made.backend_tokenizer, self._pipeline
+        backend.normalizer, backend.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
+        made.model_input_names = [name for name in self.model_input_names if name != VALUES]
+        return made
 
-    def __len__(self) -> int:
-        return len(self.tokenizer)
+    def plain(self) -> PreTrainedTokenizerFast:
+        """Give the tokenizer that reads digits as text.
+
+        Returns:
+            A tokenizer with the same vocabulary, `<NUM>` included, and the same settings.
+        """
+        return self._unmarked(PreTrainedTokenizerFast)
 
     def _mark(self, text: str) -> tuple[str, list[Numeral]]:
         if not isinstance(text, str):
@@ -100,95 +121,119 @@ class NumericTokenizer:
         numerals = find_numbers(bare)
         return placeholder.substitute(text, numerals, self.num_token, self._after), numerals
 
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        add_special_tokens: bool = True,
-    ) -> NumericEncoding:
-        """Encode one text or several.
-
-        Args:
-            text: a text, or a batch of texts.
-            padding: as in transformers; on `padding_side`, with value 0.
-            truncation: as in transformers; a number that is cut off loses its value and its surface.
-            max_length: largest number of tokens with truncation, or the length to pad to.
-            return_tensors: `pt`, or None for lists.
-            add_special_tokens: whether to add start and end as the wrapped tokenizer does.
-
-        Returns:
-            `input_ids`, `attention_mask` and `numeric_values` (float64), each of shape (B, T) as tensors, with
-            a batch of 1 for one text; as lists, one list of T for one text or B lists.
-
-        Raises:
-            ConfigError: a text is not a string; padding without a padding token; unknown `return_tensors`; an
-                empty batch.
-            ShapeError: tensors were asked for, and the texts differ in length.
-        """  # noqa: DOC502 - raised by what it calls
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or return_tensors not in (None, "pt"):
+    # Where all ways of encoding lead: `__call__`, `encode`, `apply_chat_template`.
+    def _encode_plus(self, text: Any, *, return_tensors: Any = None, **options: Any) -> NumericEncoding:
+        asked = [name for name in _UNREAD if options.get(name)]
+        if asked:
             raise ConfigError(
-                f"{len(texts)} texts, return_tensors={return_tensors!r}: expected at least one text, and None or 'pt'"
+                f"{', '.join(asked)}: not known to a tokenizer that reads numbers, which takes whole texts one by one; "
+                "leave it out, or use tokenizer.plain()"
             )
-        if padding not in (False, "do_not_pad") and self.pad_token_id is None:
-            raise ConfigError("padding: the tokenizer has no padding token; set pad_token = eos_token first")
+        texts = [text] if isinstance(text, str) else list(text)
+        kind = getattr(return_tensors, "value", return_tensors)
+        if not texts or kind not in (None, "pt", "np"):
+            raise ConfigError(
+                f"{len(texts)} texts, return_tensors={kind!r}: expected at least one text, and None, 'np' or 'pt'"
+            )
+        options["return_token_type_ids"] = bool(options.get("return_token_type_ids"))
+        options["return_attention_mask"] = options.get("return_attention_mask") is not False
         marked = [self._mark(each) for each in texts]
-        encoded = self.tokenizer(
-            [each for each, _ in marked],
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=True,
-            return_token_type_ids=False,
-        )
         encoding = NumericEncoding.align(
-            encoded["input_ids"],
-            encoded["attention_mask"],
+            super()._encode_plus([each for each, _ in marked], **options),
             [numerals for _, numerals in marked],
             self.num_token_id,
-            cut=self.truncation_side if truncation else None,
+            cut=self.truncation_side if options.get("truncation_strategy") != _WHOLE else None,
         )
-        if return_tensors:
-            return encoding.as_tensors()
-        if isinstance(text, str):
-            return NumericEncoding({name: rows[0] for name, rows in encoding.items()}, encoding.surfaces)
-        return encoding
+        if kind is not None:
+            return encoding.as_tensors(kind)
+        return encoding.only() if isinstance(text, str) else encoding
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
+        """Give the names of a text's tokens.
+
+        Args:
+            text: the text.
+            pair: not known to a tokenizer that reads numbers.
+            add_special_tokens: whether to add start and end.
+            options: as in transformers.
+
+        Returns:
+            One name for each token, `num_token` for each number.
+
+        Raises:
+            ConfigError: a pair.
+        """  # noqa: DOC502 - raised by what it calls
+        ids = self.encode(text, text_pair=pair, add_special_tokens=add_special_tokens, **options)
+        names: list[str] = self.convert_ids_to_tokens(ids)
+        return names
+
+    def pad(self, encoded_inputs: Any, *args: Any, **options: Any) -> Any:
+        """Pad what was encoded, values included; the collators of transformers call this.
+
+        Args:
+            encoded_inputs: one encoding, or several, in any of the forms that transformers takes.
+            args: as in transformers.
+            options: as in transformers.
+
+        Returns:
+            As in transformers; where `numeric_values` were given, they are padded with 0 and, as tensors, float64.
+
+        Raises:
+            ConfigError: some encodings have values and others have none.
+        """
+        if isinstance(encoded_inputs, list | tuple):
+            count = sum(isinstance(each, Mapping) and VALUES in each for each in encoded_inputs)
+            if 0 < count < len(encoded_inputs):
+                raise ConfigError(
+                    f"{count} of {len(encoded_inputs)} encodings have numeric_values: expected all or none of them; "
+                    "encode all with this tokenizer"
+                )
+        return super().pad(encoded_inputs, *args, **options)
+
+    def _pad(self, encoded_inputs: Any, *args: Any, **options: Any) -> Any:
+        padded = super()._pad(encoded_inputs, *args, **options)
+        if VALUES in padded:
+            # Numpy's numbers, since torch would make float32 of Python's.
+            values = [np.float64(value) for value in padded[VALUES]]
+            zeros = [np.float64(0)] * (len(padded["input_ids"]) - len(values))
+            left = (options.get("padding_side") or self.padding_side) == "left"
+            padded[VALUES] = zeros + values if left else values + zeros
+        return padded
 
     def decode(
         self,
-        ids: int | Sequence[int] | Tensor,
-        numeric_values: Sequence[float] | Tensor | None = None,
+        token_ids: Any,
+        numeric_values: Any = None,
         *,
-        surfaces: Sequence[str] | None = None,
+        surfaces: Sequence[Any] | None = None,
         skip_special_tokens: bool = False,
         precision: int | None = None,
-    ) -> str:
+        **ignored: Any,
+    ) -> Any:
         """Print tokens and their numbers.
 
         Args:
-            ids: token ids, shape (T,).
+            token_ids: token ids, shape (T,); or several rows of them, see `batch_decode`.
             numeric_values: the value of each token, shape (T,), 0 where it is not `<NUM>`. Values of float32 and
                 below are printed by the shortest text that gives back the same value in float32.
             surfaces: how the first numbers were written; the others are printed by `format_number`.
             skip_special_tokens: whether to leave out special tokens; numbers stay.
             precision: significant digits of numbers without a surface; None for all.
+            ignored: other options of transformers' tokenizers; spaces are never cleaned up.
 
         Returns:
-            The text.
+            The text, or a list of texts for rows.
 
         Raises:
             ConfigError: a `<NUM>` has neither value nor surface, a value is unusable, or stands elsewhere.
-            ShapeError: ids and values differ in length, ids are not one row, or surfaces outnumber numbers.
+            ShapeError: ids and values differ in length, or surfaces outnumber numbers.
         """  # noqa: DOC502 - raised by what it calls
-        row = torch.as_tensor(ids)
-        if row.dim() > 1:
-            raise ShapeError(f"ids {tuple(row.shape)}: expected (T,); use batch_decode for several rows")
-        numbers: list[int] = row.reshape(-1).long().tolist()
+        if _are_rows(token_ids):
+            options: dict[str, Any] = {"skip_special_tokens": skip_special_tokens, "precision": precision}
+            return self.batch_decode(token_ids, numeric_values, surfaces=surfaces, **options)
+        numbers: list[int] = torch.as_tensor(token_ids).reshape(-1).long().tolist()
         values = None if numeric_values is None else shortest_floats(numeric_values)
         written = placeholder.spell(numbers, values, surfaces or (), self.num_token_id, precision)
         hidden = self._special if skip_special_tokens else ()
@@ -196,8 +241,8 @@ class NumericTokenizer:
 
     def batch_decode(
         self,
-        ids: Sequence[Sequence[int]] | Tensor,
-        numeric_values: Sequence[Sequence[float]] | Tensor | None = None,
+        sequences: Any,
+        numeric_values: Any = None,
         *,
         surfaces: Sequence[Sequence[str]] | None = None,
         **options: Any,
@@ -205,7 +250,7 @@ class NumericTokenizer:
         """Print several rows of tokens and their numbers.
 
         Args:
-            ids: token ids, shape (B, T), or B rows of any length.
+            sequences: token ids, shape (B, T), or B rows of any length.
             numeric_values: the value of each token, of the same shape.
             surfaces: for each row, how its first numbers were written.
             **options: as in `decode`.
@@ -216,74 +261,49 @@ class NumericTokenizer:
         Raises:
             ShapeError: the numbers of rows differ.
         """
-        values = numeric_values if numeric_values is not None else [None] * len(ids)
-        written = surfaces if surfaces is not None else [()] * len(ids)
-        if not len(ids) == len(values) == len(written):
+        values = numeric_values if numeric_values is not None else [None] * len(sequences)
+        written = surfaces if surfaces is not None else [()] * len(sequences)
+        if not len(sequences) == len(values) == len(written):
             raise ShapeError(
-                f"{len(ids)} rows of ids, {len(values)} of values, {len(written)} of surfaces: expected as many of each"
+                f"{len(sequences)} rows of ids, {len(values)} of values, {len(written)} of surfaces: expected as many "
+                "of each"
             )
         return [
             self.decode(row, value, surfaces=surface, **options)
-            for row, value, surface in zip(ids, values, written, strict=True)
+            for row, value, surface in zip(sequences, values, written, strict=True)
         ]
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Any],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        **template: Any,
-    ) -> "NumericEncoding | str | list[str]":
-        """Render a conversation, or several, and encode it; numbers anywhere in the rendered text are numbers.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Write the tokenizer's files, with `<NUM>` in them and its name in `tokenizer_config.json`.
+
+        After `import tether`, `AutoTokenizer` makes this tokenizer of them; without tether, the plain one.
 
         Args:
-            messages: one conversation or a batch of them, as transformers takes them.
-            add_generation_prompt: whether to open the answer.
-            tokenize: whether to encode; else the rendered text is returned.
-            padding: as in `__call__`.
-            truncation: as in `__call__`.
-            max_length: as in `__call__`.
-            return_tensors: as in `__call__`.
-            **template: variables of the template, `chat_template`, `tools` and so on.
+            save_directory: where to; made if need be.
+            args: as in transformers.
+            options: as in transformers.
 
         Returns:
-            The encoding, made without further special tokens, or the text.
+            As in transformers.
         """
-        rendered: str | list[str] = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **template
-        )
-        if not tokenize:
-            return rendered
-        options: dict[str, Any] = {"padding": padding, "truncation": truncation, "max_length": max_length}
-        return self(rendered, return_tensors=return_tensors, add_special_tokens=False, **options)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the wrapped tokenizer's files, with `<NUM>` in them and its name in `tokenizer_config.json`.
-
-        `AutoTokenizer` loads them too; `NumericTokenizer(AutoTokenizer.from_pretrained(folder))` is this one.
-
-        Args:
-            folder: where to; made if need be.
-        """
-        plain = copy.deepcopy(self.tokenizer)
-        plain.backend_tokenizer.normalizer, plain.backend_tokenizer.pre_tokenizer = self._plain
-        plain.save_pretrained(folder)
+        unmarked = self._unmarked(type(self))
+        return PreTrainedTokenizerFast.save_pretrained(unmarked, save_directory, *args, **options)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, rows: int | None = None, **options: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        rows: int | None = None,
+        **options: Any,
     ) -> Self:
-        """Load what `save_pretrained` wrote, or wrap the fast tokenizer of any checkpoint.
+        """Load what `save_pretrained` wrote, or make one of the fast tokenizer of any checkpoint.
 
         Args:
-            folder: a folder or hub id.
+            pretrained_model_name_or_path: a folder or hub id.
+            args: as in transformers.
             rows: embedding rows of the model; None where unknown.
-            **options: for `AutoTokenizer.from_pretrained`; `trust_remote_code` is False unless it is given.
+            **options: as in transformers; `trust_remote_code` is False unless it is given.
 
         Returns:
             The tokenizer.
@@ -291,12 +311,43 @@ class NumericTokenizer:
         Raises:
             CheckpointError: there is no tokenizer that can be loaded.
         """
+        name = os.fspath(pretrained_model_name_or_path)
         try:
-            name = os.fspath(folder)
-            tokenizer = AutoTokenizer.from_pretrained(name, **unasked(name, options))
+            options = unasked(name, options)
+            declared = get_tokenizer_config(name, **options).get("tokenizer_class")
+            # AutoTokenizer would come back here for a class of this name.
+            loader = PreTrainedTokenizerFast if declared == cls.__name__ else AutoTokenizer
+            tokenizer = loader.from_pretrained(name, *args, **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); expected a folder written by "
+                f"{name}: no tokenizer could be loaded ({str(error).splitlines()[0]}); expected a folder written by "
                 "save_pretrained, or a hub id that can be reached"
             ) from error
         return cls(tokenizer, rows=rows)
+
+
+def without_numbers(tokenizer: Any) -> Any:
+    """Give the tokenizer that reads digits as text.
+
+    Args:
+        tokenizer: any tokenizer.
+
+    Returns:
+        `tokenizer.plain()` of a numeric one; any other as it is.
+    """
+    return tokenizer.plain() if isinstance(tokenizer, NumericTokenizer) else tokenizer
+
+
+def _are_rows(ids: Any) -> bool:
+    if not isinstance(ids, Sequence):
+        return getattr(ids, "ndim", 0) > 1
+    return any(isinstance(each, Sequence) or getattr(each, "ndim", 0) for each in ids[:1])
+
+
+class _OfNumbers(PreTrainedConfig):  # type: ignore[misc]
+    """Stands for no model: by it AutoTokenizer knows the name of the class above, and takes it where a file says so."""
+
+    model_type = "tether_numbers"
+
+
+AutoTokenizer.register(_OfNumbers, NumericTokenizer, exist_ok=True)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tether.causal.fused import Fusion
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.numbers import without_numbers
 from tether.errors import ConfigError
 from tether.store.manifest import Input, Manifest, write_manifest
 from tether.store.publish import publish_folder
@@ -56,7 +57,7 @@ def export_plain(
 
     Args:
         model: converted, trained or fused; only what softmax mode serves is exported.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; the plain one is written, since a plain checkpoint reads digits as text.
         folder: where to; must be absent or empty.
         replace: whether a folder with content is replaced.
         tokens: how many tokens to compare logits on.
@@ -97,7 +98,7 @@ def export_plain(
     written = Path(folder)
     with publish_folder(written, replace=replace) as temporary:
         target.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        without_numbers(tokenizer).save_pretrained(temporary)
         difference = _compare(model, temporary, tokens)
         recipe = {
             "fusion": model.config.fusion,

@@ -9,6 +9,7 @@ import torch
 
 from tether.causal.fingerprint import fingerprint
 from tether.causal.loading import load
+from tether.causal.numbers import without_numbers
 from tether.delta import claims
 from tether.delta.continuations import PROMPT, Written, not_drawn
 from tether.delta.declared import broken, unmeasured
@@ -186,7 +187,7 @@ def _figures_again(
     wrong = []
     chosen = Settings(**certificate.settings)
     # Up to that schema numbers were read as other words.
-    tokenizer = tokenizer if certificate.schema_version <= 4 else reader(fused, tokenizer)
+    tokenizer = without_numbers(tokenizer) if certificate.schema_version <= 4 else reader(fused, tokenizer)
     for name, text in certificate.texts.items():
         documents = read_documents(folder / text["path"])
         if text_hash(documents) != text["documents"]:

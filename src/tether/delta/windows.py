@@ -162,7 +162,7 @@ def window_text(
         )
     if skipped:
         logger.warning(
-            "%s: %d of %d documents are shorter than %d tokens, or nothing of them is learnt, and left out",
+            "%s: %d of %d documents are shorter than %d tokens and left out",
             name,
             skipped,
             read,
@@ -258,7 +258,7 @@ def encode_marked(tokenizer: Any, document: Marked) -> Encoded:
     found = Encoded([], [], [])
     begins = not document.is_conversation
     for part in document.parts(tokenizer):
-        options = {"add_special_tokens": begins, **({"split_special_tokens": True} if part.plain else {})}
+        options = {"add_special_tokens": begins, **part.options(tokenizer)}
         begins = False
         if isinstance(tokenizer, NumericTokenizer):
             encoded = tokenizer(part.text, **options)

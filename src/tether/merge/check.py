@@ -277,15 +277,17 @@ def load_tokenizer(folder: Path) -> Any:
         folder: a checkpoint folder.
 
     Returns:
-        The tokenizer.
+        The tokenizer, which reads digits as text.
 
     Raises:
         CheckpointError: If there is none that can be loaded.
     """
     from transformers import AutoTokenizer
 
+    from tether.causal.numbers import without_numbers
+
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return without_numbers(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

@@ -27,6 +27,20 @@ class Part(NamedTuple):
     learnt: bool
     plain: bool = False
 
+    def options(self, tokenizer: Any) -> dict[str, bool]:
+        """Keep control tokens from being read in what somebody has typed.
+
+        Args:
+            tokenizer: whose control tokens.
+
+        Returns:
+            Options of a call of the tokenizer; none where there is nothing to keep.
+        """
+        typed = self.plain and any(
+            token in self.text for token in getattr(tokenizer, "all_special_tokens", ())
+        )
+        return {"split_special_tokens": True} if typed else {}
+
 
 class Marked(str):
     """A prompt with its completion, or a conversation, of which the completion or the assistant's turns are learnt.
