@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,36 @@ from benchmarks.finetune import losses as window_losses
 from benchmarks.lape_table import Table
 from benchmarks.lape_trial import State, Trial
 from tether.merge.encoding import encode
-from tether.merge.ensembles import mean_curvature, neuron_features, spectral_labels, split_half_agreement
+from tether.merge.ensembles import neuron_features, spectral_labels, split_half_agreement
 from tether.merge.flat import flat_step, gradient_variance, search_scale
 from tether.merge.fusion import responsibilities, row_shares
 from tether.merge.gram import load_grams
-from tether.merge.matching import ensemble_similarity, match_ensembles
-from tether.merge.paper import fuse_paper
 from tether.merge.paths import PathBank
 from tether.merge.signatures import Signatures
-from tether.merge.task_vectors import (
-    fuse_projected,
-    fuse_shared,
-    input_directions,
-    interference,
-    interference_mask,
-)
+from tether.merge.tefm.layer import Side, directions_of, fuse_layer
+from tether.merge.tefm.neurons import Neurons
+from tether.merge.tefm.switches import Options
 
 __all__ = ["document_variants", "fisher_variants", "flat_variants", "shared_path_variants"]
 
 ENSEMBLES = 8
+BY_ROW = {"update": "row", "lambda": 0.5}
+DOCUMENT: dict[str, dict[str, Any]] = {
+    "projection, half shares, rest at 0.7": {"mask": "none"},
+    "document's update on rows of A, row mask": {**BY_ROW, "interference": "rows"},
+    "document's update on rows of A, ensembles": BY_ROW,
+    "document's update on rows of A, no mask": {**BY_ROW, "mask": "none"},
+    # As many directions as there are inputs: all of a task vector is its projection.
+    "document's update on rows of A, no projection, row mask": {
+        **BY_ROW,
+        "interference": "rows",
+        "rank": 10**6,
+    },
+}
+LITERAL: dict[str, dict[str, Any]] = {
+    "paper, as written": {},
+    "paper, rows kept, sigma 0": {"update": "row", "sigma": 0.0},
+}
 
 
 def signatures(table: Table, weighting: str, gradients: bool) -> list[Signatures]:
@@ -134,7 +146,7 @@ def shared_path_variants(table: Table) -> None:
 
 
 def document_variants(table: Table, encoded: list[Signatures], first: list[Path], second: list[Path]) -> None:
-    """Measure the document's own path, corrected and literal.
+    """Measure the document's update, row by row and as written, by the operator's own stages.
 
     Args:
         table: of the trial.
@@ -144,76 +156,37 @@ def document_variants(table: Table, encoded: list[Signatures], first: list[Path]
     """
     trial = table.trial
 
-    def directions(module: str, layer: int) -> Tensor:
-        name = module
-        grams = [load_grams(folder, layer).grams[name] for folder in (*first, *second)]
-        return input_directions(torch.stack([gram / gram.diagonal().mean() for gram in grams]).sum(0))
+    @cache
+    def axes(module: str, layer: int, rank: int) -> Tensor:
+        grams = [load_grams(folder, layer).grams[module] for folder in (*first, *second)]
+        return directions_of(grams, rank)
 
-    cache: dict[str, Tensor] = {}
+    def merged(options: Options, signed: list[Signatures]) -> State:
+        chosen = options.chosen(parent=True)
 
-    def shared_basis(module: str, layer: int) -> Tensor:
-        if module not in cache:
-            cache[module] = directions(module, layer)
-        return cache[module]
-
-    def mask(module: str, by_ensemble: bool) -> Tensor:
-        phi = [one.phi(module).double().mean(0) for one in encoded]
-        both = torch.cat(phi)
-        standard = (both - both.mean(0)) / both.std(0).clamp(min=1e-12)
-        a, b = standard.chunk(2)
-        curvature = mean_curvature(encoded[1].signature(module).gradient.double())
-        score = interference(a, b, curvature / curvature.mean())
-        if by_ensemble:
-            labels = spectral_labels(neuron_features(encoded[1].phi(module)), ENSEMBLES)
-            size = torch.bincount(labels, minlength=ENSEMBLES).clamp(min=1)
-            score = (torch.zeros(ENSEMBLES, dtype=score.dtype).index_add_(0, labels, score) / size)[labels]
-        return interference_mask(score).float()
-
-    def projected(kind: str) -> Callable[[str, int, Tensor, Tensor, Tensor], Tensor]:
-        def rule(module: str, layer: int, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        def rule(module: str, layer: int, *weights: Tensor) -> Tensor:
+            a, b, c = (weight.double() for weight in weights)
             if module == "lm_head":
-                return (a + b) / 2
-            if kind == "shared":
-                half = torch.full((len(a),), 0.5)
-                return fuse_shared(c, a - c, b - c, shared_basis(module, layer), half)
-            gate = (
-                torch.ones(len(a))
-                if kind in {"no mask", "no projection"}
-                else mask(module, kind == "ensembles")
-            )
-            basis = torch.eye(a.shape[1]) if kind.startswith("no projection") else shared_basis(module, layer)
-            return fuse_projected(a, b - c, basis, gate, lambda_proj=0.5, lambda_ortho=0.5)
+                return (weights[0] + weights[1]) / 2
+            known = [_neurons(one, module, chosen.gradient) for one in signed]
+            directions = axes(module, layer, chosen.rank) if chosen.direction == "inputs" else None
+            fused = fuse_layer(Side(a, known[0]), Side(b, known[1]), c, directions, chosen).weight
+            return fused.to(weights[0].dtype)
 
-        return rule
+        return trial.merge(rule)
 
-    table.test("projection, half shares, rest at 0.7", lambda: trial.merge(projected("shared")))
-    for kind in ("row mask", "ensembles", "no mask", "no projection, row mask"):
-        table.test(f"document's update on rows of A, {kind}", lambda k=kind: trial.merge(projected(k)))
-
+    for name, given in DOCUMENT.items():
+        table.test(name, lambda g=given: merged(Options(**g), encoded))
     literal = signatures(table, "paper", gradients=False)
     table.value("effective paths, paper", lambda: float(literal[0].effective.mean()))
+    for name, given in LITERAL.items():
+        table.test(name, lambda g=given: merged(Options(form="literal", affinity="shifted", **g), literal))
 
-    def paper(collapse: bool, sigma: float) -> Callable[[str, int, Tensor, Tensor, Tensor], Tensor]:
-        def rule(module: str, layer: int, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-            del layer
-            if module == "lm_head":
-                return (a + b) / 2
-            phi = []
-            for one in literal:
-                value, scale = one.mean_phi(module, "paper")
-                phi.append(value * torch.exp(torch.tensor(scale, dtype=torch.float64)))
-            labels = [spectral_labels(part, ENSEMBLES) for part in phi]
-            curvature = [part[:, 1].square() + part[:, 2] for part in phi]
-            match = match_ensembles(ensemble_similarity(*phi, *labels, *curvature))
-            fused = fuse_paper(
-                a.double(), b.double(), c.double(), *phi, *labels, match, collapse=collapse, sigma=sigma
-            )
-            return fused.to(a.dtype)
 
-        return rule
-
-    for name, options in (("as written", (True, 1.0)), ("rows kept, sigma 0", (False, 0.0))):
-        table.test(f"paper, {name}", lambda o=options: trial.merge(paper(*o)))
+def _neurons(signatures_: Signatures, module: str, gradient: str) -> Neurons:
+    found = signatures_.signature(module)
+    second = found.gradient if gradient == "true" else found.paper_gradient
+    return Neurons(found.activation, second, signatures_.loss, signatures_.log_mass, found.fisher)
 
 
 def flat_variants(table: Table, state: State) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Scenes",
     "TextBatches",
     "accuracy",
+    "answer_loss",
     "drift",
     "eye",
     "open_eye",
@@ -310,6 +311,21 @@ def tune(
             loss = loss + 0.125 * _loss(model(input_ids=ids, use_cache=False).logits, targets)
         _step(model, optimizer, schedule, loss)
     return model.eval()
+
+
+def answer_loss(model: Any, scenes: Scenes, asked: str, rows: Tensor) -> Tensor:
+    """Measure the loss of answers to one question.
+
+    Args:
+        model: a vision-language model.
+        scenes: to ask about.
+        asked: the question.
+        rows: which pictures.
+
+    Returns:
+        Nats a word of the answer, differentiable.
+    """
+    return _loss(*_answered(model, scenes, asked, rows, eye(model)))
 
 
 def _answered(model: Any, scenes: Scenes, asked: str, rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -9,21 +9,20 @@ from typing import Any
 
 from benchmarks.lape_trial import State, Trial
 
-__all__ = ["Table"]
+__all__ = ["Kept", "Table"]
 
 logger = logging.getLogger(__name__)
 
 
-class Table:
-    """Measured merges of one trial, kept on disk as they come, so that an interrupted run goes on.
+class Kept:
+    """Figures on disk as they come, so that an interrupted run goes on.
 
     Args:
-        trial: the models.
         file: JSON of earlier results.
     """
 
-    def __init__(self, trial: Trial, file: Path) -> None:
-        self.trial, self.file = trial, file
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self.found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def value(self, name: str, make: Callable[[], Any]) -> Any:
@@ -43,6 +42,19 @@ class Table:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps(self.found))
         return self.found[name]
+
+
+class Table(Kept):
+    """Measured merges of one trial.
+
+    Args:
+        trial: the models.
+        file: JSON of earlier results.
+    """
+
+    def __init__(self, trial: Trial, file: Path) -> None:
+        super().__init__(file)
+        self.trial = trial
 
     def test(self, name: str, make: Callable[[], State]) -> list[list[float]]:
         """Measure a merge on the held-out windows of both domains and on general text.

@@ -9,9 +9,10 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +34,23 @@ from tether.merge.plan import make_plan
 from tether.merge.probes import encode_probes, load_reader, read_probes
 from tether.merge.recipe import Model, Recipe, read_recipe
 from tether.merge.run import merge
+from tether.merge.tefm.observed import Encoding
 from tether.stats import standard_error
 
-__all__ = ["rows"]
+__all__ = [
+    "BASELINES",
+    "KINDS",
+    "OWN",
+    "PROBES",
+    "Pair",
+    "measured",
+    "merged",
+    "merged_and_reported",
+    "observed",
+    "plain",
+    "rows",
+    "trained",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +97,54 @@ def rows(*, fast: bool) -> list[dict[str, Any]]:
     return _as_rows(found)
 
 
+class Pair(NamedTuple):
+    """A trained pair; its checkpoints are in `runs`, in the current folder.
+
+    Attributes:
+        language: the parent's language model.
+        models: name to model.
+        moved: name to drift from the parent on words.
+        train: pictures that both were trained on.
+        validation: pictures to choose options on.
+        test: the rest.
+    """
+
+    language: Any
+    models: dict[str, Any]
+    moved: dict[str, tuple[float, float]]
+    train: Scenes
+    validation: Scenes
+    test: Scenes
+
+
+def trained(seed: int, parent_steps: int, eye_steps: int, steps: int) -> Pair:
+    """Train a parent and two vision-language models, and write them into `runs`.
+
+    Args:
+        seed: of everything.
+        parent_steps: of the language model.
+        eye_steps: of each vision tower alone.
+        steps: of each vision-language model.
+
+    Returns:
+        The pair.
+    """
+    order = np.random.default_rng(seed).permutation(1797)
+    train = Scenes.drawn(np.concatenate([order[600:]] * 2), seed)
+    validation, test = Scenes.drawn(order[:200], seed + 10), Scenes.drawn(order[200:600], seed + 20)
+    language = parent(seed, parent_steps)
+    language.save_pretrained("runs/parent")
+    reader("clip").tokenizer.save_pretrained("runs/parent")
+    models, moved = {}, {}
+    for number, (name, kind) in enumerate(KINDS.items()):
+        model = open_eye(with_eye(language, kind, seed + number), train, steps=eye_steps, seed=seed)
+        tune(model, train, SHARES[name], steps=steps, rates=RATES[name], seed=seed + number)
+        model.save_pretrained(f"runs/{name}")
+        reader(kind).save_pretrained(f"runs/{name}")
+        models[name], moved[name] = model, drift(language, model)
+    return Pair(language, models, moved, train, validation, test)
+
+
 def trial(seed: int, parent_steps: int, eye_steps: int, steps: int) -> dict[str, Figures]:
     """Run one seed.
 
@@ -96,61 +159,69 @@ def trial(seed: int, parent_steps: int, eye_steps: int, steps: int) -> dict[str,
         tower that was trained on them.
     """
     start = time.process_time()
-    order = np.random.default_rng(seed).permutation(1797)
-    train = Scenes.drawn(np.concatenate([order[600:]] * 2), seed)
-    validation, test = Scenes.drawn(order[:200], seed + 10), Scenes.drawn(order[200:600], seed + 20)
-    language = parent(seed, parent_steps)
     with tempfile.TemporaryDirectory() as place, chdir(place):
-        language.save_pretrained("runs/parent")
-        reader("clip").tokenizer.save_pretrained("runs/parent")
-        models, moved = {}, {}
-        for number, (name, kind) in enumerate(KINDS.items()):
-            model = open_eye(with_eye(language, kind, seed + number), train, steps=eye_steps, seed=seed)
-            tune(model, train, SHARES[name], steps=steps, rates=RATES[name], seed=seed + number)
-            model.save_pretrained(f"runs/{name}")
-            reader(kind).save_pretrained(f"runs/{name}")
-            models[name], moved[name] = model, drift(language, model)
+        pair = trained(seed, parent_steps, eye_steps, steps)
+        language, models, moved, test, validation = (
+            pair.language, pair.models, pair.moved, pair.test, pair.validation,
+        )  # fmt: skip
         logger.info("seed %d: trained in %.0f CPU s, drift %s", seed, time.process_time() - start, moved)
         figures: dict[str, Figures] = {"drift": {name: list(pair) for name, pair in moved.items()}}
         for name, model in models.items():
-            figures["language of " + name] = _figures(_lent(models, dict.fromkeys(KINDS, model)), test)
-        figures["language of the parent"] = _figures(_lent(models, dict.fromkeys(KINDS, language)), test)
-        figures["each its own"] = _figures(models, test)
-        _observe(train)
+            figures["language of " + name] = measured(_lent(models, dict.fromkeys(KINDS, model)), test)
+        figures["language of the parent"] = measured(_lent(models, dict.fromkeys(KINDS, language)), test)
+        figures["each its own"] = measured(models, test)
+        observed(pair.train)
         recipe = read_recipe(RECIPE)
-        figures["regression mean, as shipped"] = _figures(_merged(recipe), test)
+        figures["regression mean, as shipped"] = measured(merged(recipe), test)
         from_parent = recipe.model_copy(update={"base": Model(path="runs/parent")})
         ours = [from_parent.model_copy(update={"options": recipe.options | each}) for each in OURS]
         grids = {"regression mean": (ours, OURS)} | {
-            name: ([_plain(recipe, *options) for options in grid], [list(options[1:]) for options in grid])
+            name: ([plain(recipe, *options) for options in grid], [list(options[1:]) for options in grid])
             for name, grid in BASELINES.items()
         }
         for name, (tried, options) in grids.items():
             scores = (
-                [_figures(_merged(each), validation)["own"] for each in tried] if len(tried) > 1 else [1.0]
+                [measured(merged(each), validation)["own"] for each in tried] if len(tried) > 1 else [1.0]
             )
             best = int(np.argmax(scores))
-            figures[name] = _figures(_merged(tried[best]), test) | {"options": options[best]}
+            figures[name] = measured(merged(tried[best]), test) | {"options": options[best]}
     own = {name: round(each["own"], 3) for name, each in figures.items() if "own" in each}
     logger.info("seed %d: %.0f CPU s, %s", seed, time.process_time() - start, own)
     return figures
 
 
-def _observe(train: Scenes) -> None:
-    count = PROBES * len(QUESTIONS)
+def observed(train: Scenes, encodings: Sequence[Encoding] = (), each: int = PROBES) -> None:
+    """Let both models answer questions about pictures, and keep what they were seen to do in `runs/grams`.
+
+    Args:
+        train: pictures of the training split.
+        encodings: weightings under which neurons are encoded too.
+        each: pictures of each question.
+    """
+    count = each * len(QUESTIONS)
     train.save(Path("runs/pictures"), count)
-    asked = [question for question in QUESTIONS.values() for _ in range(PROBES)]
+    asked = [question for question in QUESTIONS.values() for _ in range(each)]
     lines = [{"text": text, "image": f"pictures/{number:03d}.png"} for number, text in enumerate(asked)]
     Path("runs/probes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     probes = read_probes("runs/probes.jsonl")
     for name in KINDS:
         loaded, tokenizer, processor = load_reader(f"runs/{name}", images=True)
-        observe(
-            loaded, encode_probes(probes, tokenizer, processor=processor), f"runs/grams/{name}", shortest=1
-        )
+        shown = encode_probes(probes, tokenizer, processor=processor)
+        observe(loaded, shown, f"runs/grams/{name}", shortest=1, encodings=encodings)
 
 
-def _plain(recipe: Recipe, operator: str, options: dict[str, Any], settings: dict[str, Any]) -> Recipe:
+def plain(recipe: Recipe, operator: str, options: dict[str, Any], settings: dict[str, Any]) -> Recipe:
+    """Give a recipe for the same models by an operator that observes nothing.
+
+    Args:
+        recipe: whose models.
+        operator: its name.
+        options: of it.
+        settings: of every model alike.
+
+    Returns:
+        The recipe; all but `linear` start from the parent.
+    """
     models = {name: Model(path=each.path, **settings) for name, each in recipe.models.items()}
     base = None if operator == "linear" else Model(path="runs/parent")
     return recipe.model_copy(
@@ -158,13 +229,33 @@ def _plain(recipe: Recipe, operator: str, options: dict[str, Any], settings: dic
     )
 
 
-# The merge into each of the two models, as plain transformers loads it.
-def _merged(recipe: Recipe) -> dict[str, Any]:
+def merged(recipe: Recipe) -> dict[str, Any]:
+    """Merge into each of the two models.
+
+    Args:
+        recipe: of the merge.
+
+    Returns:
+        Name of the model whose vision tower is kept, to the result as plain transformers loads it.
+    """
+    return {name: model for name, (model, _) in merged_and_reported(recipe).items()}
+
+
+def merged_and_reported(recipe: Recipe) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Do the same, and keep what `merge.json` says.
+
+    Args:
+        recipe: of the merge.
+
+    Returns:
+        Name to result and report.
+    """
     found = {}
     for name in KINDS:
         target = Path("runs") / f"merged-{name}"
-        merge(make_plan(recipe.model_copy(update={"into": name})), target, threads=1)
-        found[name] = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32).eval()
+        report = merge(make_plan(recipe.model_copy(update={"into": name})), target, threads=1)
+        model = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32).eval()
+        found[name] = model, report
         shutil.rmtree(target)
     return found
 
@@ -192,7 +283,16 @@ class _Language:
         self.model, self.lm_head = model.model.language_model, model.lm_head
 
 
-def _figures(models: dict[str, Any], scenes: Scenes) -> Figures:
+def measured(models: dict[str, Any], scenes: Scenes) -> Figures:
+    """Ask every question through both towers.
+
+    Args:
+        models: name to model.
+        scenes: pictures.
+
+    Returns:
+        Accuracies; `own`, the mean over tasks with the tower that was trained on them; `all`, that over all.
+    """
     found: Figures = {
         f"{name}: {asked}": accuracy(model, scenes, asked)
         for name, model in models.items()

@@ -2,15 +2,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import SpectralClustering
+from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 from torch.testing import assert_close
 
 from tether.errors import ConfigError, ShapeError
+from tether.merge import ensembles
 from tether.merge.ensembles import (
+    average_rows,
     importance,
     mean_curvature,
     neuron_features,
+    paired_features,
     spectral_labels,
     split_half_agreement,
 )
@@ -44,6 +47,54 @@ def test_low_rank_clustering_agrees_with_the_dense_affinity():
     ours = spectral_labels(rows, 4).numpy()
     assert adjusted_rand_score(dense, ours) > 0.99
     assert adjusted_rand_score(truth.numpy(), ours) > 0.95
+
+
+def test_raw_cosines_that_are_not_negative_are_clustered_as_usual(monkeypatch):
+    rows, truth = groups(noise=0.1)
+    rows = rows.abs()
+    matrix = cosines(rows)
+    assert float(matrix.min()) > 0
+    dense = SpectralClustering(4, affinity="precomputed", random_state=0).fit_predict(matrix.numpy())
+    monkeypatch.setattr(ensembles, "_PRODUCTS", 7 * len(rows))  # degrees in several parts
+    ours = spectral_labels(rows, 4, affinity="cosine").numpy()
+    assert adjusted_rand_score(dense, ours) > 0.99
+    assert adjusted_rand_score(truth.numpy(), ours) > 0.95
+
+
+def test_raw_cosines_with_negative_ones_take_the_degrees_of_the_signed_laplacian():
+    rows, _ = groups(per_group=30, kinds=2)
+    rows = torch.cat([rows, -rows[:10]])  # a small group opposite a large one
+    matrix = cosines(rows).numpy()
+    # The usual degrees have no root here.
+    assert matrix.sum(1).min() < 0
+    root = 1 / np.sqrt(np.abs(matrix).sum(1))
+    _, vectors = np.linalg.eigh(root[:, None] * matrix * root)
+    leading = vectors[:, -3:] / np.linalg.norm(vectors[:, -3:], axis=1, keepdims=True)
+    dense = KMeans(3, random_state=0, n_init=4).fit_predict(leading)
+    ours = spectral_labels(rows, 3, affinity="cosine").numpy()
+    assert adjusted_rand_score(dense, ours) > 0.99
+    with pytest.raises(ConfigError, match="unknown affinity 'raw': choose one of shifted, cosine"):
+        spectral_labels(rows, 3, affinity="raw")
+
+
+def test_features_of_two_models_have_the_same_columns_each_standardised_by_itself():
+    phi_a, phi_b = (torch.randn(5, n, 3, dtype=torch.float64) for n in (30, 20))
+    phi_b = 100 * phi_b + 7
+    for phi in (phi_a, phi_b):
+        phi[..., 2] = torch.randn(5, 1, dtype=torch.float64)  # the loss
+    phi_b[3, :, 1] = 0.0  # nothing was learnt of B's gradients from this sample
+    found = paired_features(phi_a, phi_b)
+    assert [one.shape for one in found] == [(30, 9), (20, 9)]
+    kept = [i for i in range(10) if i != 7]
+    assert_close(found[0], neuron_features(phi_a)[:, kept])
+    assert_close(found[1].mean(0), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(found[1].square().mean(0), torch.ones(9, dtype=torch.float64))
+
+
+def test_averages_over_ensembles():
+    rows = torch.arange(10.0).reshape(5, 2)
+    found = average_rows(rows, torch.tensor([0, 2, 0, 2, 2]))
+    assert_close(found, torch.tensor([[2.0, 3.0], [0.0, 0.0], [16 / 3, 19 / 3]]))
 
 
 def test_labels_are_deterministic_and_numbered_by_first_appearance():

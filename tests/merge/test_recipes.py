@@ -18,6 +18,7 @@ def test_a_shipped_recipe_is_valid(path):
     recipe = read_recipe(path)
     operator = OPERATORS[recipe.operator]
     Schemas(recipe, operator)
+    assert operator.refined or recipe.refine is None
     assert operator.base <= (recipe.base is not None)
 
 
@@ -27,4 +28,5 @@ def test_every_operator_but_the_plainest_has_a_recipe():
         "ties/mergekit",
         "dare_ties",
         "regression_mean",
+        "lape_tefm",
     }

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from tether.cli.observe import observe
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
-from tether.cli.study import study_length
+from tether.cli.study import study_length, study_neurons
 from tether.errors import ConfigError
 
 __all__ = ["merge_app"]
@@ -31,6 +31,7 @@ merge_app = typer.Typer(
     help="Merge whole models: tether merge RECIPE.yaml (options: tether merge run --help).",
 )
 merge_app.command("study-length")(study_length)
+merge_app.command("study-neurons")(study_neurons)
 merge_app.command("observe")(observe)
 
 
@@ -129,6 +130,25 @@ def _described(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _refined(refine: dict[str, Any]) -> list[str]:
+    lines = []
+    if "lambda" in refine:
+        name = {"variance": "log_variance", "loss": "loss"}[refine["criterion"]]
+        shown = ", ".join(f"{each['lambda']:g}: {each[name]:.4f}" for each in refine["tried"])
+        lines.append(f"lambda {refine['lambda']:.6g} by {name.replace('_', ' ')} ({shown})")
+    if step := refine.get("step"):
+        if step["form"] == "paper":
+            lines.append(
+                f"last step: rows moved by {step['mean']:.2g} on average, {step['largest']:.2g} at most"
+            )
+        else:
+            lines.append(
+                f"last step: length {step['eta']:.2g} of the weights' norm, held-out loss {step['before']:.4f} -> "
+                f"{step['after']:.4f}"
+            )
+    return lines
+
+
 def _said(target: Path, report: dict[str, Any]) -> str:
     plan, rounding = report["plan"], report["rounding"]
     lines = [
@@ -141,6 +161,7 @@ def _said(target: Path, report: dict[str, Any]) -> str:
             f"{worst['share_of_change']:.2%}"
         )
     lines += [f"note: {note}" for note in plan["notes"]]
+    lines += _refined(report.get("refine", {}))
     check = report.get("check")
     if check:
         for name, texts in check["references"].items():

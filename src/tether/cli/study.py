@@ -1,4 +1,4 @@
-"""The command that studies how encodings depend on the longest sampled path."""
+"""The commands that study neurons: how encodings depend on the longest path, what LAPE-TEFM finds in each layer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.progress import reporter
 
-__all__ = ["study_length"]
+__all__ = ["study_length", "study_neurons"]
 
 
 def study_length(
@@ -47,3 +47,31 @@ def study_length(
         "claims": [claim._asdict() for claim in study.claims],
     }
     emit(result, as_json, "\n".join(lines))
+
+
+def study_neurons(
+    recipe: Annotated[Path, typer.Argument(help="A recipe of the operator lape_tefm.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show what lape_tefm finds in each layer before it merges: ensembles, their pairs, importance, masks."""
+    quiet_libraries()
+    from tether.merge.plan import make_plan
+    from tether.merge.recipe import read_recipe
+    from tether.merge.tefm.describe import describe_neurons
+
+    plan = make_plan(read_recipe(recipe))
+    with reporter() as steps:
+        found = describe_neurons(plan, on_step=steps("describing layers"))
+    width = max(map(len, found), default=0)
+    lines = [
+        f"{name:<{width}} {len(one['pairs'])} pairs of ensembles, mean TOS "
+        f"{sum(pair[2] for pair in one['pairs']) / max(1, len(one['pairs'])):.3f}, halves agree "
+        f"{_shown(one['agreement'])}, mask {one['mask'][0]:.3f}, information {_shown(one['information'])}, first "
+        f"hundredth has {_shown(one['importance'])} of TFI"
+        for name, one in found.items()
+    ]
+    emit(found, as_json, "\n".join(lines))
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

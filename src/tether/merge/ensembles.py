@@ -10,16 +10,38 @@ from torch import Tensor
 from tether.errors import ConfigError, ShapeError
 
 __all__ = [
+    "AFFINITIES",
     "SMALLEST",
+    "average_rows",
     "importance",
     "mean_curvature",
     "neuron_features",
+    "paired_features",
     "spectral_labels",
     "split_half_agreement",
 ]
 
+AFFINITIES: Final = ("shifted", "cosine")
 SMALLEST: Final = 1e-300
 """Norm below which a row has no direction; the document's unnormalised encodings are as small as 1e-100."""
+_PRODUCTS: Final = 1 << 22
+"""Cosines that are held at once."""
+
+
+def average_rows(rows: Float[Tensor, "d c"], labels: Int[Tensor, "d"]) -> Float[Tensor, "k c"]:
+    """Average rows over ensembles.
+
+    Args:
+        rows: a neuron a row.
+        labels: its ensemble, from 0.
+
+    Returns:
+        A row an ensemble; an ensemble without neurons has zeros.
+    """
+    count = int(labels.max()) + 1
+    size = torch.bincount(labels, minlength=count).clamp(min=1).to(rows.dtype)
+    total = torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, labels, rows)
+    return total / size.unsqueeze(-1)
 
 
 def importance(
@@ -75,33 +97,66 @@ def neuron_features(phi: Float[Tensor, "n d 3"]) -> Float[Tensor, "d f"]:
     Returns:
         Features, rows of unit mean square where a neuron is not at the mean in everything.
     """
-    flat = phi.double().permute(1, 0, 2).reshape(phi.shape[1], -1)
-    centred = flat - flat.mean(0)
-    spread = centred.square().mean(0).sqrt()
-    kept = spread > 1e-9 * (flat.abs().mean(0) + 1e-30)
+    centred, spread, kept = _spread(phi)
     return (centred[:, kept] / spread[kept]).to(phi.dtype)
 
 
-def spectral_labels(features: Float[Tensor, "d f"], clusters: int, seed: int = 0) -> Int[Tensor, "d"]:
-    """Normalised spectral clustering under the affinity ``(1 + cos(f_i, f_j)) / 2``, exactly, in O(d f^2).
+def paired_features(
+    phi_a: Float[Tensor, "n a 3"], phi_b: Float[Tensor, "n b 3"]
+) -> tuple[Float[Tensor, "a f"], Float[Tensor, "b f"]]:
+    """Give features of two models that can be compared: what varies over the neurons of both.
 
-    The affinity is the product ``z_i . z_j`` of ``z = [1, f / |f|] / sqrt(2)``, so its degrees are
-    ``z_i . sum_j z_j`` and the eigenvectors of ``D^-1/2 A D^-1/2`` are left singular vectors of the (d, f + 1)
-    matrix ``D^-1/2 z``: no (d, d) matrix is formed. Rows of the leading vectors, at unit length, go to k-means.
+    Each model is standardised by itself, so that neither units nor levels of the two models enter.
+
+    Args:
+        phi_a: signatures of A's neurons.
+        phi_b: of B's, on as many samples.
+
+    Returns:
+        Features of A and of B, with the same columns.
+    """
+    (one, size_a, kept_a), (other, size_b, kept_b) = _spread(phi_a), _spread(phi_b)
+    kept = kept_a & kept_b
+    return (one[:, kept] / size_a[kept]).to(phi_a.dtype), (other[:, kept] / size_b[kept]).to(phi_b.dtype)
+
+
+# Columns about their mean, their standard deviations, and whether they vary.
+def _spread(phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    flat = phi.double().permute(1, 0, 2).reshape(phi.shape[1], -1)
+    centred = flat - flat.mean(0)
+    spread = centred.square().mean(0).sqrt()
+    return centred, spread, spread > 1e-9 * (flat.abs().mean(0) + 1e-30)
+
+
+def spectral_labels(
+    features: Float[Tensor, "d f"], clusters: int, seed: int = 0, affinity: str = "shifted"
+) -> Int[Tensor, "d"]:
+    """Normalised spectral clustering of cosines, without a (d, d) matrix.
+
+    Both affinities are products ``z_i . z_j``. That of ``shifted``, ``(1 + cos(f_i, f_j)) / 2``, has
+    ``z = [1, f / |f|] / sqrt(2)``; that of ``cosine``, the document's R itself, has ``z = f / |f|``. The eigenvectors
+    of ``D^-1/2 A D^-1/2`` are left singular vectors of ``D^-1/2 z``. Rows of the leading vectors, at unit length, go to
+    k-means. A matrix of rank r has r eigenvectors that say anything, so that no more than r are taken.
+
+    The degrees of ``shifted`` are ``z_i . sum_j z_j``, in O(d f^2). Those of ``cosine`` are ``sum_j |R_ij|``, in
+    O(d^2 f). Where no cosine is negative, these are the usual degrees of the document's matrix. Where one is, the usual
+    degrees can be zero or negative and have no root; the degrees of the signed Laplacian stand for them.
 
     Args:
         features: a neuron a row; a zero row has cosine 0 with everything.
         clusters: K, in [1, d].
         seed: of the k-means start; equal inputs give equal labels.
+        affinity: one of AFFINITIES.
 
     Returns:
         Labels from 0, numbered by first appearance.
 
     Raises:
-        ConfigError: K outside [1, d].
+        ConfigError: K outside [1, d], or an unknown affinity.
 
     Reference:
-        TEFM, stage 2 (cosine matrix R, spectral clustering); Ng, Jordan and Weiss 2001.
+        TEFM, stage 2 (cosine matrix R, spectral clustering); Ng, Jordan and Weiss 2001; Kunegis et al. 2010,
+        Spectral analysis of signed graphs, section 4 (signed Laplacian).
 
     Example:
         >>> import torch
@@ -110,12 +165,18 @@ def spectral_labels(features: Float[Tensor, "d f"], clusters: int, seed: int = 0
     """
     if not 1 <= clusters <= len(features):
         raise ConfigError(f"clusters={clusters}: expected 1 to {len(features)}, the number of neurons")
+    if affinity not in AFFINITIES:
+        raise ConfigError(f"unknown affinity {affinity!r}: choose one of {', '.join(AFFINITIES)}")
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    flat = torch.nn.functional.normalize(features.double(), dim=-1, eps=SMALLEST)
-    z = torch.cat([torch.ones(len(flat), 1, dtype=flat.dtype), flat.cpu()], dim=1) / 2**0.5
-    scaled = z / (z @ z.sum(0)).clamp(min=1e-12).sqrt().unsqueeze(-1)
+    z = torch.nn.functional.normalize(features.double(), dim=-1, eps=SMALLEST).cpu()
+    if affinity == "shifted":
+        z = torch.cat([torch.ones(len(z), 1, dtype=z.dtype), z], dim=1) / 2**0.5
+        degrees = z @ z.sum(0)
+    else:
+        degrees = torch.cat([(part @ z.T).abs().sum(1) for part in z.split(max(1, _PRODUCTS // len(z)))])
+    scaled = z / degrees.clamp(min=1e-12).sqrt().unsqueeze(-1)
     # Left singular vectors through the small Gram matrix; only the leading ones are used, where this is exact.
     value, vector = torch.linalg.eigh(scaled.T @ scaled)
     kept = min(clusters, len(value))

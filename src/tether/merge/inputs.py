@@ -98,6 +98,11 @@ class Inputs:
     scratch: Scratch
     _whole: dict[str, Floats] = field(default_factory=dict)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a parent to read."""
+        return self.base is not None
+
     def blocks(self) -> Iterator[Block]:
         """Read all inputs side by side.
 
@@ -150,10 +155,11 @@ class Inputs:
         index = axis_index(axes[wanted.axis], layer_of(self.canonical), *self.coordinates[wanted.model][:3])
         if index is None:
             return values
-        brought = values[np.ix_(*[np.where(index < 0, 0, index)] * values.ndim)]
-        for number in range(values.ndim):
-            brought[(slice(None),) * number + (index < 0,)] = 0
-        return brought
+        taken = np.where(index < 0, 0, index)
+        for number in range(values.ndim) if wanted.dims is None else wanted.dims:
+            values = np.take(values, taken, axis=number)
+            values[(slice(None),) * number + (index < 0,)] = 0
+        return values
 
     def key(self, model: str, start: int) -> int:
         """Give a 128-bit key that depends on seed, tensor, model and block, and nothing else.

@@ -1,17 +1,20 @@
-"""Observe a model on its own paths: sample, accumulate Gram matrices, keep both in a folder that merges read."""
+"""Observe a model on its own paths: sample, accumulate Gram matrices, encode neurons, keep all in a folder."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from tether.causal.fingerprint import weights_fingerprint
 from tether.errors import ConfigError
+from tether.merge.encoding import encode
 from tether.merge.gram import gram_file, save_grams, stream_grams
 from tether.merge.packing import pack_bank
 from tether.merge.paths import load_bank, sample_paths, save_bank
 from tether.merge.probes import EncodedProbe, probes_hash
 from tether.merge.survey import OBSERVATION, read_observation
-from tether.merge.towers import find_tower
+from tether.merge.tefm.observed import Encoding, is_complete, write_layers
+from tether.merge.towers import find_linears, find_tower
 from tether.store.publish import write_json
 
 __all__ = ["PATHS", "observe"]
@@ -30,11 +33,13 @@ def observe(
     top_p: float = 0.9,
     seed: int = 0,
     checkpoint: str | None = None,
+    encodings: Sequence[Encoding] = (),
     on_step: Callable[[str], Callable[[dict[str, float]], None]] | None = None,
 ) -> Path:
     """Sample a model's own paths and accumulate the Gram matrices of its layers and its head on them.
 
-    What is in the folder already is kept: paths are not sampled again, and a complete folder costs nothing.
+    What is in the folder already is kept: paths are not sampled again, and a complete folder costs nothing. The neurons
+    of its layers are encoded on the same paths where that is asked for, now or by a later call.
 
     Args:
         model: in evaluation mode.
@@ -47,6 +52,7 @@ def observe(
         seed: of lengths and noise.
         checkpoint: fingerprint of the files the model was loaded from, see `CheckpointReader.fingerprint`; merges
             then refuse the matrices beside another model. None where it came from no files.
+        encodings: weightings under which neurons are encoded, for ``lape_tefm``.
         on_step: given a stage's name, gives what is called with `done` and `total`.
 
     Returns:
@@ -71,20 +77,35 @@ def observe(
         )
     if checkpoint is not None:
         description["checkpoint"] = checkpoint
-    layers = len(find_tower(model).layers)
-    if file.is_file() and all(gram_file(folder, layer).is_file() for layer in range(layers + 1)):
-        return folder
     stage = on_step or (lambda name: lambda values: None)
-    if (folder / PATHS).is_file() and file.is_file():
-        bank = load_bank(folder / PATHS)
-    else:
-        bank = sample_paths(
-            model, probes, paths=paths, shortest=shortest, longest=longest, top_p=top_p, seed=seed,
-            on_step=stage("sampling paths"),
-        )  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        save_bank(folder / PATHS, bank)
-        write_json(file, description)
-    stream = stream_grams(model, pack_bank(bank, model), head=True, on_step=stage("observing layers"))
-    save_grams(folder, stream)
+    layers = len(find_tower(model).layers)
+    if not (file.is_file() and all(gram_file(folder, layer).is_file() for layer in range(layers + 1))):
+        if (folder / PATHS).is_file() and file.is_file():
+            bank = load_bank(folder / PATHS)
+        else:
+            bank = sample_paths(
+                model, probes, paths=paths, shortest=shortest, longest=longest, top_p=top_p, seed=seed,
+                on_step=stage("sampling paths"),
+            )  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
+            save_bank(folder / PATHS, bank)
+            write_json(file, description)
+        stream = stream_grams(model, pack_bank(bank, model), head=True, on_step=stage("observing layers"))
+        save_grams(folder, stream)
+    for encoding in encodings:
+        if not is_complete(folder, encoding):
+            _encode(model, folder, encoding, stage(f"encoding, {encoding.spelt}"))
     return folder
+
+
+# Chunks of samples are kept until every layer's file is there, so that an interrupted run goes on.
+def _encode(
+    model: Any, folder: Path, encoding: Encoding, on_step: Callable[[dict[str, float]], None]
+) -> None:
+    chunks = folder / f".{encoding.name}"
+    bank = load_bank(folder / PATHS)
+    signatures = encode(
+        model, bank, chunks, weighting=encoding.weighting, gamma=encoding.gamma, on_step=on_step
+    )
+    write_layers(folder, encoding, signatures, [list(layer) for layer in find_linears(model)])
+    shutil.rmtree(chunks)

@@ -55,6 +55,10 @@ class TensorInputs(Protocol):
         """Model name to its settings for this tensor, in the recipe's order."""
 
     @property
+    def has_base(self) -> bool:
+        """Whether there is a parent to read, under the name ``base``."""
+
+    @property
     def extras(self) -> "Mapping[str, Extra]":
         """What the operator asked for beside the weights."""
 
@@ -78,9 +82,10 @@ class Extra(NamedTuple):
         file: a safetensors file.
         tensor: its name there.
         shape: the shape that it must have; the plan is refused otherwise.
-        model: the model whose units all its axes index; empty if they index those of the result.
+        model: the model whose units its axes index; empty if they index those of the result.
         axis: which axis of that model's weight has the same units. A model that is aligned has it brought
             along, with zeros where a unit has no counterpart.
+        dims: which of its own axes index these units; None for all of them.
     """
 
     file: str
@@ -88,6 +93,7 @@ class Extra(NamedTuple):
     shape: tuple[int, ...]
     model: str = ""
     axis: int = -1
+    dims: tuple[int, ...] | None = None
 
 
 class Request(NamedTuple):
@@ -139,7 +145,9 @@ class Operator:
         most_models: how many models it can take; None for any number.
         scaled: whether ``options.lambda`` scales the whole change from the parent.
         whole: whether it reads tensors whole; the plan then counts them as memory.
+        held: bytes that it holds for each element of a tensor that it reads whole, beside those that are read.
         extras: names the tensors beside the weights that it needs.
+        refined: whether it has a lambda and a last step that are found on the merged model (a recipe's ``refine``).
     """
 
     name: str
@@ -153,4 +161,6 @@ class Operator:
     most_models: int | None = None
     scaled: bool = False
     whole: bool = False
+    held: int = 0
     extras: Callable[[Request], Mapping[str, Extra]] = no_extras
+    refined: bool = False

@@ -7,8 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tether.errors import ShapeError
+from tether.merge.ensembles import average_rows
 from tether.merge.matching import EnsembleMatch
-from tether.merge.task_vectors import EPSILON, interference, interference_mask
+from tether.merge.task_vectors import (
+    EPSILON,
+    combine,
+    interference,
+    interference_mask,
+    project_constant,
+)
 
 __all__ = ["EnsembleStatistics", "ensemble_means", "fuse_paper"]
 
@@ -39,7 +46,7 @@ def ensemble_means(phi: Float[Tensor, "d 3"], labels: Int[Tensor, "d"]) -> Ensem
         TEFM, stage 1: ``Hess = g'^2 + phi[2] + epsilon``.
     """
     curvature = phi[:, 1].square() + phi[:, 2] + EPSILON
-    found = _average(torch.cat([phi, curvature.unsqueeze(-1)], dim=1), labels)
+    found = average_rows(torch.cat([phi, curvature.unsqueeze(-1)], dim=1), labels)
     return EnsembleStatistics(found[:, :3], found[:, 3])
 
 
@@ -104,24 +111,14 @@ def fuse_paper(
     if parent is None:
         tau = (b.phi[p, 0] - a.phi[k, 0]).unsqueeze(-1).expand(-1, weight_a.shape[1])
     else:
-        tau = _average(weight_b - parent, labels_b)[p]
+        tau = average_rows(weight_b - parent, labels_b)[p]
     tau = tau + sigma * b.phi[p, 1:2]
-    mask = interference_mask(interference(a.phi[k], b.phi[p], b.curvature[p]), beta, "paper").unsqueeze(-1)
-    direction = a.phi[k, 0:1].expand(-1, weight_a.shape[1])
-    coefficient = (tau * direction).sum(-1, keepdim=True) / (
-        direction.square().sum(-1, keepdim=True) + EPSILON
-    )
-    shared = mask * coefficient * direction
+    mask = interference_mask(interference(a.phi[k], b.phi[p], b.curvature[p]), beta, "paper")
     update = torch.zeros(len(a.phi), weight_a.shape[1], dtype=tau.dtype)
-    update[k] = lambda_proj * shared + lambda_ortho * (tau - shared)
-    base = _average(weight_a, labels_a)[labels_a] if collapse else weight_a
+    update[k] = combine(
+        torch.zeros_like(tau), tau, project_constant(tau, a.phi[k, 0]), mask,
+        lambda_proj=lambda_proj, lambda_ortho=lambda_ortho, rest="masked",
+    )  # fmt: skip
+    base = average_rows(weight_a, labels_a)[labels_a] if collapse else weight_a
     matched = torch.isin(labels_a, k).unsqueeze(-1)
     return torch.where(matched, base + update[labels_a].to(weight_a.dtype), weight_a)
-
-
-def _average(rows: Tensor, labels: Tensor) -> Tensor:
-    count = int(labels.max()) + 1
-    size = torch.bincount(labels, minlength=count).clamp(min=1).to(rows.dtype)
-    return torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, labels, rows) / size.unsqueeze(
-        -1
-    )

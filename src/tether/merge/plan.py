@@ -67,7 +67,8 @@ class Plan:
         whole = 0
         if self.operator.whole or self.coordinates:
             largest = max((prod(tensor.shape) for tensor in self.tensors if tensor.kept is None), default=0)
-            whole = largest * 4 * ((sources + 1) if self.operator.whole else len(self.coordinates) + 3)
+            copies = (sources + 1) if self.operator.whole else len(self.coordinates) + 3
+            whole = largest * (4 * copies + self.operator.held)
         return threads * (buffers + whole)
 
     def extras(self) -> Iterator[Extra]:
@@ -203,6 +204,15 @@ def _operator(recipe: Recipe) -> Operator:
             raise ConfigError(
                 f"check.solve_lambda: overrides.{fixed[0]} has a lambda of its own, which the search would not reach; "
                 "leave one of them out"
+            )
+    if recipe.refine:
+        if not operator.refined:
+            able = ", ".join(name for name, each in OPERATORS.items() if each.refined)
+            raise ConfigError(f"refine: {operator.name} has nothing to refine; expected operator {able}")
+        if fixed := [n for n, override in enumerate(recipe.overrides) if "lambda" in override.options]:
+            raise ConfigError(
+                f"refine: overrides.{fixed[0]} has a lambda of its own, which the search would not reach; leave one of "
+                "them out"
             )
     count, most = len(recipe.models), operator.most_models
     if count < operator.fewest_models or (most is not None and count > most):

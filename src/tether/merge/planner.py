@@ -105,6 +105,7 @@ class Planner:
         self.notes: list[str] = []
         self.missing: dict[str, list[str]] = {}
         self.misshapen: dict[str, list[tuple[TensorPlan, Source]]] = {}
+        self.unmet: dict[str, list[str]] = {}
         self.present = {name: frozenset(model.names) for name, model in opened.items()}
 
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -187,7 +188,7 @@ class Planner:
         try:
             return dict(self.operator.extras(request))
         except TetherError as error:
-            self.problems.append(f"{request.name}: {error}")
+            self.unmet.setdefault(str(error), []).append(request.name)
             return {}
 
     def _kept(self, plan: TensorPlan, override: Override, inside: bool) -> TensorPlan:
@@ -223,6 +224,8 @@ class Planner:
         return Source(opened.name, name, file, start, opened.reader.dtype(name), opened.reader.shape(name))
 
     def _report_names(self) -> None:
+        # What is wrong with a folder is wrong for every tensor that needs it: it is said once.
+        self.problems += [f"{few(names)}: {error}" for error, names in self.unmet.items()]
         for model, names in self.missing.items():
             self.problems.append(f"{model} lacks {len(names)} tensors of {self.own.name}: {few(names)}")
         for model, found in self.misshapen.items():

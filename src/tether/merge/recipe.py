@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tether.errors import ConfigError
 from tether.reading import read_yaml
 
-__all__ = ["BASE", "Check", "Model", "Override", "Recipe", "read_recipe", "validated"]
+__all__ = ["BASE", "Check", "Model", "Override", "Recipe", "Refine", "read_recipe", "validated"]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -74,6 +75,41 @@ class Check(_Strict):
     """Whether to choose ``options.lambda`` so that ``accept`` is used up, in at most four evaluations."""
 
 
+class Refine(_Strict):
+    """What ``lape_tefm`` finds on the merged model itself: its lambda, and its last step."""
+
+    search: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    """Values of ``options.lambda`` to try, ascending; each is a whole merge that is measured."""
+    criterion: Literal["variance", "loss"] = "variance"
+    """What is made small: the document's variance of g' over neurons, or the loss of held-out text."""
+    step: Literal["paper", "sam"] | None = None
+    """The document's last step, or a sharpness-aware one that is kept only where held-out loss falls; None for none."""
+    probes: str | None = None
+    """What the merged model continues for g': JSON lines with ``text`` and, optionally, ``image``."""
+    samples: Annotated[int, Field(ge=1)] = 8
+    """How many probes at most."""
+    paths: Annotated[int, Field(ge=1)] = 8
+    """Continuations of each."""
+    longest: Annotated[int, Field(ge=4)] = 32
+    """Tokens of a continuation at most; lengths are drawn from 4 on."""
+    text: dict[str, str] = {}
+    """Name to a held-out text, for the criterion ``loss`` and the step ``sam``."""
+    tokens: Annotated[int, Field(ge=256)] = 2048
+    """About how many tokens of each text."""
+    window: Annotated[int, Field(ge=32)] = 256
+    """Tokens of context at most."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the merged model's neurons are encoded, for which it needs probes."""
+        return self.step == "paper" or bool(self.search and self.criterion == "variance")
+
+    @property
+    def reads(self) -> bool:
+        """Whether it needs held-out text."""
+        return self.step == "sam" or bool(self.search and self.criterion == "loss")
+
+
 class Recipe(_Strict):
     """A merge: which models, by which operator, into what.
 
@@ -106,6 +142,7 @@ class Recipe(_Strict):
     shard_bytes: Annotated[int, Field(ge=1)] = 5_000_000_000
     """The most bytes of tensors in a file."""
     overrides: tuple[Override, ...] = ()
+    refine: Refine | None = None
     check: Check | None = None
     out: str | None = None
     """Folder for the result, unless it is given elsewhere."""
@@ -168,6 +205,8 @@ def _wrong_names(recipe: Recipe) -> list[str]:
             problems.append("check.references: is empty; name a model, or leave it out")
     if recipe.check and recipe.check.solve_lambda and recipe.check.accept is None:
         problems.append("check.solve_lambda: needs check.accept, the budget to meet")
+    if recipe.refine:
+        problems += _wrong_refine(recipe.refine)
     problems += [
         f"{place}: {name!r} is not an input; expected one of {', '.join(known)}"
         for place, name in named.items()
@@ -175,6 +214,23 @@ def _wrong_names(recipe: Recipe) -> list[str]:
     ]
     if recipe.inputs[recipe.skeleton if recipe.skeleton in known else known[0]].align:
         problems.append("into: a model that is aligned to others cannot be the one they are aligned to")
+    return problems
+
+
+def _wrong_refine(refine: Refine) -> list[str]:
+    problems = []
+    if not refine.search and not refine.step:
+        problems.append("refine: changes nothing; give search or step")
+    if any(later <= earlier for earlier, later in pairwise(refine.search)):
+        problems.append(f"refine.search: {list(refine.search)} is not ascending")
+    if refine.encodes and not refine.probes:
+        problems.append(
+            "refine.probes: is missing; the variance of g' and the document's step are measured on probes"
+        )
+    if refine.reads and not refine.text:
+        problems.append(
+            "refine.text: is missing; the criterion loss and the step sam are measured on held-out text"
+        )
     return problems
 
 
@@ -209,6 +265,6 @@ def validated(schema: type[Schema], content: Mapping[str, Any], what: str) -> Sc
 
 
 def _keys(schema: type[BaseModel]) -> list[str]:
-    nested = (Override, Check) if schema is Recipe else ()
+    nested = (Override, Check, Refine) if schema is Recipe else ()
     fields = [(name, field.alias) for each in (schema, *nested) for name, field in each.model_fields.items()]
     return [alias or name for name, alias in fields]

@@ -79,11 +79,37 @@ class _Check(Strict):
     search: _Search | None = Field(alias="lambda", default=None)
 
 
+class _Tried(Strict):
+    factor: float = Field(alias="lambda")
+    log_variance: float | None = None
+    loss: float | None = None
+
+
+class _LastStep(Strict):
+    form: str
+    eta: _Positive
+    neurons: _Count | None = None
+    largest: _Positive | None = None
+    mean: _Positive | None = None
+    before: float | None = None
+    after: float | None = None
+    sharpness: float | None = None
+
+
+class _Refined(Strict):
+    criterion: str | None = None
+    factor: float | None = Field(alias="lambda", default=None)
+    tried: list[_Tried] | None = None
+    step: _LastStep | None = None
+    probes: str | None = None
+
+
 class _Report(Strict):
     plan: _Plan
     rounding: _Rounding
     tensors: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     check: _Check | None = None
+    refine: _Refined | None = None
 
 
 def make_report(plan: Plan, written: dict[str, Written]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tether.store.hashing import file_chunks, sha256_file
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import write_json
 
-__all__ = ["INDEX", "carry", "describe_inputs", "published", "seal"]
+__all__ = ["INDEX", "carry", "describe_inputs", "published", "refine_files", "seal"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -58,6 +58,29 @@ def _companions(plan: Plan) -> dict[Path, str]:
     }
 
 
+def refine_files(recipe: Recipe) -> dict[str, str]:
+    """Hash what a recipe's ``refine`` is measured on.
+
+    Args:
+        recipe: the recipe.
+
+    Returns:
+        Path to SHA-256: probes and texts.
+    """
+    refine = recipe.refine
+    if refine is None:
+        return {}
+    from tether.merge.probes import METADATA
+
+    probes = Path(refine.probes) if refine.encodes and refine.probes else None
+    if probes is not None and probes.is_dir():
+        probes = probes / METADATA
+    paths = {str(probes)} if probes else set()
+    return {
+        path: sha256_file(path) for path in sorted(paths | set(refine.text.values() if refine.reads else ()))
+    }
+
+
 def describe_inputs(
     plan: Plan, found: Survey, texts: dict[str, str], carried: dict[str, str]
 ) -> tuple[Input, ...]:
@@ -81,6 +104,7 @@ def describe_inputs(
     files += [("statistics", path, sha256) for path, sha256 in found.files.items()]
     files += [("maps", str(inputs[name].align), each.sha256) for name, each in plan.coordinates.items()]
     files += [("check text", path, sha256) for path, sha256 in texts.items()]
+    files += [("refine", path, sha256) for path, sha256 in refine_files(plan.recipe).items()]
     files += [("companion", path, sha256) for path, sha256 in carried.items()]
     return (
         *(Input(role=name, path=inputs[name].path, sha256=each) for name, each in found.fingerprints.items()),

@@ -1,28 +1,35 @@
 """A merge from plan to published folder."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from tether.errors import CheckpointError, ConfigError, TetherError
 from tether.merge.plan import Plan, make_plan, start_of
-from tether.merge.recipe import Check
+from tether.merge.recipe import Check, validated
 from tether.merge.report import REPORT, make_report
-from tether.merge.result import carry, describe_inputs, published, seal
+from tether.merge.result import carry, describe_inputs, published, refine_files, seal
 from tether.merge.staging import Staging, staged
 from tether.merge.stream import stream
 from tether.merge.survey import Survey, check_observed, survey
+from tether.merge.tefm.switches import Options
 from tether.scale import Met, meet_budget
 from tether.store.hashing import sha256_file
 from tether.store.manifest import Input
 from tether.store.reader import CheckpointReader
+
+if TYPE_CHECKING:
+    from tether.merge.tefm.refine import Refinement
 
 __all__ = ["REPORT", "check_possible", "merge"]
 
 Reporter = Callable[[str], Callable[[dict[str, float]], None]]
 Measure = Callable[[Path], dict[str, Any]]
 Texts = dict[str, str]
+T = TypeVar("T")
 
 
 def merge(
@@ -54,12 +61,13 @@ def merge(
     if (report := published(plan, out, threads)) is not None:
         return report
     wanted = plan.recipe.check
-    if wanted is None:
-        return _Work(plan, out, threads, steps, {}).publish(plan, None)
-    measure, texts = _measure(plan, wanted, steps)
+    measure, texts = _measure(plan, wanted, steps) if wanted else (None, {})
     work = _Work(plan, out, threads, steps, texts)
-    if not wanted.solve_lambda:
+    if plan.recipe.refine:
+        return _publish_refined(work, plan, measure)
+    if not (wanted and wanted.solve_lambda):
         return work.publish(plan, measure)
+    assert measure is not None
     return _publish_scaled(work, plan, wanted, measure)
 
 
@@ -71,13 +79,17 @@ class _Work:
         self.asked, self.out, self.threads, self.steps, self.texts = asked, out, threads, steps, texts
         self.found: Survey | None = None
 
-    def publish(self, plan: Plan, measure: Measure | None) -> dict[str, Any]:
+    def publish(
+        self, plan: Plan, measure: Measure | None, refined: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         with staged(self.out, plan.digest, _size(plan)) as staging:
 
             def finish() -> dict[str, Any]:
                 report, inputs = self._write(plan, staging)
+                if refined is not None:
+                    report["refine"] = refined
                 if measure:
-                    report["check"] = self._measured(plan, staging, measure)
+                    report["check"] = self._measured(plan, staging.model, measure)
                 seal(plan, self.asked.recipe, staging.model, report, inputs)
                 return report
 
@@ -87,24 +99,30 @@ class _Work:
             staging.discard()
         return report
 
-    # Write a result without publishing it, and measure it.
-    def trial(self, plan: Plan, measure: Measure) -> dict[str, Any]:
+    # Write a result without publishing it, and look at it.
+    def trial(self, plan: Plan, look: Callable[[Path], T]) -> T:
         with staged(self.out, plan.digest, _size(plan)) as staging:
 
-            def finish() -> dict[str, Any]:
+            def finish() -> T:
                 self._write(plan, staging)
-                return self._measured(plan, staging, measure)
+                return look(staging.model)
 
             return self._guarded(staging, finish)
+
+    # The same, where the look is the check: what it loaded has to be what was merged.
+    def measured(self, plan: Plan, measure: Measure) -> dict[str, Any]:
+        return self.trial(plan, lambda folder: self._measured(plan, folder, measure))
 
     def _write(self, plan: Plan, staging: Staging) -> tuple[dict[str, Any], tuple[Input, ...]]:
         # What a journal names was made from the bytes that the survey beside it describes, and from no others.
         claims = staging.survey.is_file()
         if self.found is None:
             reading = self.steps("reading inputs")
-            self.found = survey(plan.opened, plan.extras(), staging.survey, self.threads, reading)
+            self.found = survey(plan.opened, self.asked.extras(), staging.survey, self.threads, reading)
         elif not claims:
             self.found.keep(staging.survey)
+        # What a refined merge has made itself is no input.
+        self.found = self.found.beside(plan.extras())
         _refuse_untied(plan, self.found)
         for folder, name in sorted(
             {(Path(each.file).parent, each.model) for each in plan.extras() if each.model}
@@ -117,10 +135,10 @@ class _Work:
         return make_report(plan, written), inputs
 
     # The check loads its references from their files once more: they have to be what was merged.
-    def _measured(self, plan: Plan, staging: Staging, measure: Measure) -> dict[str, Any]:
+    def _measured(self, plan: Plan, model: Path, measure: Measure) -> dict[str, Any]:
         assert self.found is not None
         assert plan.recipe.check is not None
-        figures = measure(staging.model)
+        figures = measure(model)
         for name in plan.recipe.check.references or plan.recipe.inputs:
             folder = plan.opened[name].folder
             config = sha256_file(folder.weights / "config.json")
@@ -132,7 +150,7 @@ class _Work:
                 )
         return figures
 
-    def _guarded(self, staging: Staging, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _guarded(self, staging: Staging, work: Callable[[], T]) -> T:
         try:
             return work()
         except TetherError as error:
@@ -158,7 +176,7 @@ def _publish_scaled(work: _Work, plan: Plan, wanted: Check, measure: Measure) ->
     measured: dict[float, dict[str, Any]] = {}
 
     def drift_at(scale: float) -> float:
-        measured[scale] = work.trial(_with_lambda(plan, scale), measure)
+        measured[scale] = work.measured(_with_options(plan, {"lambda": scale}), measure)
         drift: float = measured[scale]["worst_mean_kl"]
         return drift
 
@@ -169,7 +187,8 @@ def _publish_scaled(work: _Work, plan: Plan, wanted: Check, measure: Measure) ->
     scale = found.scale or min(measured)
     # The bytes are those that were measured, so nothing needs to be measured again.
     return work.publish(
-        _with_lambda(plan, scale), lambda folder: measured[scale] | {"lambda": _tried(scale, found)}
+        _with_options(plan, {"lambda": scale}),
+        lambda folder: measured[scale] | {"lambda": _tried(scale, found)},
     )
 
 
@@ -180,8 +199,41 @@ def _tried(scale: float, found: Met) -> dict[str, Any]:
     }
 
 
-def _with_lambda(plan: Plan, scale: float) -> Plan:
-    return make_plan(plan.recipe.model_copy(update={"options": plan.recipe.options | {"lambda": scale}}))
+def _with_options(plan: Plan, options: dict[str, Any]) -> Plan:
+    return make_plan(plan.recipe.model_copy(update={"options": plan.recipe.options | options}))
+
+
+def _publish_refined(work: _Work, plan: Plan, measure: Measure | None) -> dict[str, Any]:
+    refinement, files = _refinement(plan)
+    folder = work.out.absolute().with_name(f".{work.out.name}.refine")
+    key = json.dumps([plan.digest, files], sort_keys=True)
+    options, report = refinement.run(
+        lambda given, look: work.trial(_with_options(plan, given), look), folder, key
+    )
+    if refine_files(plan.recipe) != files:
+        raise CheckpointError(
+            f"{', '.join(files)}: changed while the merge was refined on it. Nothing was published. Start the same "
+            "merge again when nothing writes to it."
+        )
+    written = work.publish(_with_options(plan, options), measure, report)
+    shutil.rmtree(folder)
+    return written
+
+
+# What a recipe's refine is measured on, and its hashes.
+def _refinement(plan: Plan) -> tuple["Refinement", dict[str, str]]:
+    from tether.merge.tefm.refine import Refinement
+
+    recipe, donor = plan.recipe, plan.opened[plan.recipe.tokenizer or plan.recipe.skeleton].folder
+    assert recipe.refine is not None
+    if not plan.opened[recipe.skeleton].folder.config or not donor.tokenizer:
+        raise ConfigError(
+            f"refine: {recipe.skeleton} has no config.json or {recipe.tokenizer or recipe.skeleton} no tokenizer, so "
+            "the merged model cannot be run"
+        )
+    options = validated(Options, recipe.options, "recipe: options")
+    refinement = Refinement(recipe.refine, options, recipe.base is not None, recipe.seed, donor.weights)
+    return refinement, refine_files(recipe)
 
 
 def check_possible(plan: Plan) -> None:
@@ -193,6 +245,8 @@ def check_possible(plan: Plan) -> None:
     Raises:
         ConfigError: If a text cannot be read, or a model has no config or tokenizer.
     """  # noqa: DOC502 - raised by _measure
+    if plan.recipe.refine:
+        _refinement(plan)
     if plan.recipe.check:
         _measure(plan, plan.recipe.check, lambda name: lambda values: None)
 

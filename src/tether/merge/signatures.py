@@ -12,7 +12,7 @@ from tether.merge.descriptions import read_description
 from tether.reading import Strict
 from tether.store.reader import CheckpointReader
 
-__all__ = ["DESCRIPTION", "FIELDS", "Description", "Signature", "Signatures"]
+__all__ = ["DESCRIPTION", "FIELDS", "Description", "Signature", "Signatures", "mean_over_samples"]
 
 DESCRIPTION: Final = "signatures.json"
 FIELDS: Final = ("activation", "gradient", "paper_gradient", "fisher")
@@ -50,6 +50,25 @@ class Signature(NamedTuple):
     gradient: Tensor
     paper_gradient: Tensor
     fisher: Tensor
+
+
+def mean_over_samples(phi: Tensor, log_mass: Tensor) -> tuple[Tensor, float]:
+    """Average encodings over samples with the masses that the weighting asks for.
+
+    Args:
+        phi: of each sample under normalised weights, shape (n, d, c).
+        log_mass: logarithm of the sum of the weights of each sample, shape (n,).
+
+    Returns:
+        ``v`` of shape (d, c), float64, and ``s`` with the mean ``exp(s) v``.
+
+    Reference:
+        LAPE, step 4.
+    """
+    mass = log_mass.double()
+    scale = torch.logsumexp(mass, 0) - torch.log(torch.tensor(float(len(mass))))
+    share = torch.exp(mass - scale) / len(mass)
+    return torch.einsum("n,ndc->dc", share, phi.double()), float(scale)
 
 
 @final
@@ -157,10 +176,7 @@ class Signatures:
             ``v`` of shape (d, 3), float64, and ``s`` with phi = exp(s) v; s = 0 for averages, and for the
             document's sums the log of the mean mass, which may be far below the smallest float.
         """
-        phi, log_mass = self.phi(module, gradient).double(), self.log_mass.double()
-        scale = torch.logsumexp(log_mass, 0) - torch.log(torch.tensor(float(len(log_mass))))
-        share = torch.exp(log_mass - scale) / len(log_mass)
-        return torch.einsum("n,ndc->dc", share, phi), float(scale)
+        return mean_over_samples(self.phi(module, gradient), self.log_mass)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         parts: list[Tensor] = []

@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -83,6 +83,19 @@ class Survey:
         """
         write_json(record, _sealed(self))
 
+    def beside(self, extras: Iterable[Extra]) -> "Survey":
+        """Take in further tensors beside the weights, which a merge has made itself and no input holds.
+
+        Args:
+            extras: all that will be read; those that are known are not read again.
+
+        Returns:
+            The same with their hashes; `files` stays as it is.
+        """
+        known = {file: dict(tensors) for file, tensors in self.extras.items()}
+        _hash_extras(extras, known)
+        return replace(self, extras=known)
+
     def seen(self, opened: dict[str, Opened]) -> Seen:
         """Give the hashes under the places that a merge reads.
 
@@ -159,16 +172,7 @@ def survey(
             "damaged, or its training diverged: take another one."
         )
     needed: dict[str, dict[str, bytes]] = {}
-    for extra in extras:
-        tensors = needed.setdefault(extra.file, {})
-        if extra.tensor not in tensors:
-            values = read_extra(extra.file, extra.tensor)
-            if values.dtype.kind != "f" or not np.isfinite(values).all():
-                raise CheckpointError(
-                    f"{extra.file}: {extra.tensor} is of {values.dtype} or holds NaN or infinity, expected finite "
-                    "floats; observe the model again"
-                )
-            tensors[extra.tensor] = hash_array(values)
+    _hash_extras(extras, needed)
     found = Survey(
         fingerprints={name: fingerprint for name, (fingerprint, _, _) in zip(opened, results, strict=True)},
         blocks={name: blocks for name, (_, blocks, _) in zip(opened, results, strict=True)},
@@ -178,6 +182,20 @@ def survey(
     if record:
         found.keep(record)
     return found
+
+
+# Add what is not yet known: file to tensor to hash.
+def _hash_extras(extras: Iterable[Extra], known: dict[str, dict[str, bytes]]) -> None:
+    for extra in extras:
+        tensors = known.setdefault(extra.file, {})
+        if extra.tensor not in tensors:
+            values = read_extra(extra.file, extra.tensor)
+            if values.dtype.kind != "f" or not np.isfinite(values).all():
+                raise CheckpointError(
+                    f"{extra.file}: {extra.tensor} is of {values.dtype} or holds NaN or infinity, expected finite "
+                    "floats; observe the model again"
+                )
+            tensors[extra.tensor] = hash_array(values)
 
 
 def _read(model: Opened, report: Callable[[int], None]) -> tuple[str, dict[str, bytes], list[str]]:

@@ -12,16 +12,20 @@ from tether.errors import ConfigError
 __all__ = [
     "EPSILON",
     "MASKS",
+    "RESTS",
+    "combine",
     "fuse_projected",
     "fuse_shared",
     "input_directions",
     "interference",
     "interference_mask",
     "project",
+    "project_constant",
     "task_vector",
 ]
 
 MASKS: Final = ("exponential", "paper")
+RESTS: Final = ("whole", "masked")
 EPSILON: Final = 1e-8
 
 
@@ -130,6 +134,64 @@ def project(rows: Float[Tensor, "o i"], directions: Float[Tensor, "i r"]) -> Flo
     return (rows @ directions) @ directions.T
 
 
+def project_constant(rows: Float[Tensor, "o i"], level: Float[Tensor, "o"]) -> Float[Tensor, "o i"]:
+    """Project rows on the document's own direction, a number, read as the vector that has it everywhere.
+
+    ``<tau, d> / (|d|^2 + epsilon) d``; with numbers the products would not exist.
+
+    Args:
+        rows: task vectors.
+        level: d of each row.
+
+    Returns:
+        Rows of one value each.
+
+    Reference:
+        TEFM, stage 3, d_k and tau_proj.
+    """
+    share = level * rows.sum(-1) / (rows.shape[1] * level.square() + EPSILON)
+    return (share * level).unsqueeze(-1).expand_as(rows)
+
+
+def combine(
+    base: Float[Tensor, "o i"],
+    tau: Float[Tensor, "o i"],
+    shared: Float[Tensor, "o i"],
+    mask: Float[Tensor, "o"],
+    *,
+    lambda_proj: float = 0.5,
+    lambda_ortho: float = 0.5,
+    rest: str = "whole",
+) -> Float[Tensor, "o i"]:
+    """Put a layer together: ``W* = base + lambda_proj M s + lambda_ortho r``.
+
+    ``r = tau - s`` (``whole``), or ``r = tau - M s`` as the document has it (``masked``); there the mask cancels
+    where both lambdas are equal.
+
+    Args:
+        base: what the update is added to.
+        tau: task vectors.
+        shared: s, their projection.
+        mask: M, a number a row.
+        lambda_proj: weight of the shared trajectory.
+        lambda_ortho: weight of the rest.
+        rest: one of RESTS.
+
+    Returns:
+        The fused rows.
+
+    Raises:
+        ConfigError: an unknown rest.
+
+    Reference:
+        TEFM, stage 3, tau_ortho and W*.
+    """
+    if rest not in RESTS:
+        raise ConfigError(f"unknown rest {rest!r}: choose one of {', '.join(RESTS)}")
+    masked = mask.to(base.dtype).unsqueeze(-1) * shared
+    return base + lambda_proj * masked + lambda_ortho * (tau - (masked if rest == "masked" else shared))
+
+
 def fuse_projected(
     weight_a: Float[Tensor, "o i"],
     tau_b: Float[Tensor, "o i"],
@@ -160,11 +222,7 @@ def fuse_projected(
         TEFM, stage 3, W*; docs/lape-tefm.md, "what differs".
     """
     shared = project(tau_b, directions)
-    return (
-        weight_a
-        + lambda_proj * mask.to(weight_a.dtype).unsqueeze(-1) * shared
-        + lambda_ortho * (tau_b - shared)
-    )
+    return combine(weight_a, tau_b, shared, mask, lambda_proj=lambda_proj, lambda_ortho=lambda_ortho)
 
 
 def fuse_shared(
