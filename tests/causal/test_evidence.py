@@ -16,6 +16,7 @@ from tether.causal.evidence import (
     Rule,
     begin,
     gains,
+    onward,
     prior,
     regret_allowed,
     scan,
@@ -63,7 +64,7 @@ def regrets(cost, log_prob, awake):
 # Against plain probabilities
 
 
-def by_hand(shares, restarts, prob, awake, scored, fresh, written=None, start=None, towards=None):
+def by_hand(shares, restarts, prob, awake, scored, fresh, written=None, start=None, towards=None, whole=True):
     """The same from the definition, with weights as fractions that add up to one; no logarithm anywhere."""
     rates, experts = range(len(restarts)), range(len(shares))
     begun = [[share / len(restarts) for share in shares] for _ in rates]
@@ -86,6 +87,11 @@ def by_hand(shares, restarts, prob, awake, scored, fresh, written=None, start=No
                 [(1 - s) * v + s * sum(row) * aim[j][k] for k, v in enumerate(row)]
                 for j, (s, row) in enumerate(zip(restarts, moved, strict=True))
             ]
+        if whole and t + 1 == written:
+            # The rate that forgets least has seen the whole; where it has no weight left all rates together have.
+            least = weights[restarts.index(min(restarts))]
+            least = least if sum(least) else [sum(row[k] for row in weights) for k in experts]
+            weights = [[w / sum(least) / len(restarts) for w in least] for _ in rates]
         after.append(weights)
     return after, towards
 
@@ -132,10 +138,11 @@ def texts(draw, experts=3, longest=9):
     restarts=RATES,
     written=st.none() | st.integers(0, 9),
     floor=st.sampled_from([Fraction(0), Fraction(1, 7)]),
+    whole=st.booleans(),
 )
-def test_weights_are_those_of_plain_probabilities(text, restarts, written, floor):
+def test_weights_are_those_of_plain_probabilities(text, restarts, written, floor, whole):
     shares = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
-    after, towards = by_hand(shares, restarts, **text, written=written)
+    after, towards = by_hand(shares, restarts, **text, written=written, whole=whole)
     rates = [float(rate) for rate in restarts]
     log_prior = tensor(logs(shares))
     awake = torch.tensor(text["awake"])
@@ -148,6 +155,7 @@ def test_weights_are_those_of_plain_probabilities(text, restarts, written, floor
         rates,
         log_prior,
         written=written,
+        whole=whole,
     )
     assert_close(found[0], tensor(logs(after)), rtol=1e-9, atol=1e-10)
     assert_close(found[0].exp().sum((-2, -1)), torch.ones(len(awake), dtype=DOUBLE), rtol=1e-12, atol=0)
@@ -176,7 +184,7 @@ def test_a_text_may_be_cut_anywhere(generator, cut, written):
 
     def part(state, first, last, towards):
         pieces = (each[:, first:last] for each in (gain, awake, scored, fresh))
-        own = None if written is None or written >= last else max(written - first, 0)
+        own = None if written is None or written > last else max(written - first, 0)
         return scan(state, *pieces, rule.restarts, log_prior, towards, own)
 
     whole, aim = part(start, 0, 10, None)
@@ -785,15 +793,36 @@ def test_given_text_restarts_towards_the_prior_also_where_a_target_is_known():
         assert bool((after[0, moved:, 0, 0].exp() < 0.45).all())
 
 
+def test_the_models_own_text_begins_with_what_all_of_the_given_text_supports():
+    """Sixty tokens of one expert and four of another: the fast rate has gone over to that one, the slow one has not."""
+    log_prior, restarts = prior(0.5, [1]), (0.2, 0.0, 0.01)
+    told = tensor([[0.0, 0.5]] * 60 + [[0.0, -2.5]] * 4)
+    yes = torch.ones(1, len(told), dtype=torch.bool)
+    awake = torch.ones(1, len(told), 2, dtype=torch.bool)
+    start = begin(log_prior, restarts)[None]
+    last = scan(start, told[None], awake, yes, ~yes, restarts, log_prior, None, len(told), whole=False)[0][0, -1]
+    found, towards = scan(start, told[None], awake, yes, ~yes, restarts, log_prior, None, len(told))
+    assert towards is None  # the next call asks for it
+    end = found[0, -1]
+    assert float(last.logsumexp(0)[1].exp()) < 0.5
+    # By Bayes' rule, from the whole: 60 x .5 - 4 x 2.5 nats for the other expert.
+    expected = 1 / (1 + math.exp(-20))
+    assert float(end.logsumexp(0)[1].exp()) == pytest.approx(expected, rel=1e-12)
+    assert_close(end, begin(end.logsumexp(0), restarts), rtol=1e-12, atol=1e-12)
+    assert_close(onward(end, restarts), end, rtol=1e-12, atol=1e-12)
+    # Only the last position is another one.
+    assert torch.equal(found[0, :-1], scan(start, told[None], awake, yes, ~yes, restarts, log_prior)[0][0, :-1])
+
+
 def test_a_rule_is_read_back_and_an_older_one_is_what_it_was():
     for rule in (
         Rule(),
-        Rule(prior=0.2, restarts=(0.1,), floor=0.3, choice=False, hold=5, grace=3, stay=1.5),
+        Rule(prior=0.2, restarts=(0.1,), floor=0.3, choice=False, hold=5, grace=3, stay=1.5, whole=False),
     ):
         assert Rule.of(rule.described()) == rule
     # Written before there was a choice of the gates, and when who slept fell asleep at once.
     older = {"prior": 0.9, "restarts": [0.0, 0.1], "floor": 0.0}
-    assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0, stay=1.0)
+    assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0, stay=1.0, whole=False)
 
 
 def test_a_rule_out_of_range_is_refused():

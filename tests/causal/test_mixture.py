@@ -154,6 +154,10 @@ def by_hand(prob, awake, ids, rule, counts, given=None, scored=None, told=None, 
                 weights = (1 - rates) * moved + rates * moved.sum(-1, keepdim=True) * (
                     aim if given is not None and t >= given else prior
                 )
+            if rule.whole and given is not None and t == given - 1:
+                # From here on with what the rate that forgets least says of the whole.
+                least = weights[int(rates.argmin())]
+                weights = (least / least.sum()).expand(len(rates), -1) / len(rates)
             served = weights.sum(0) * awake[:, b, t]
             served = (1 - rule.floor) * served / served.sum()
             served[0] += rule.floor

@@ -115,6 +115,9 @@ def by_hand(model, adapters, ids, *, gated=True, rule=RULE, written=None):
             heard = torch.where(on, heard * before / heard[:, on].sum(), heard)
             rates = torch.tensor(rule.restarts).double()[:, None]
             state = (1 - rates) * heard + rates * heard.sum(1, keepdim=True) * towards
+        if rule.whole and written is not None and t == written - 1:
+            least = state[rule.restarts.index(min(rule.restarts))]
+            state = (least / least.sum()).repeat(len(state), 1) / len(state)
         weights = state.sum(0) * awake[t]
         weights = weights / weights.sum()
         found.append((weights[:, None] * prob[t]).sum(0).log() + scores[0][t].logsumexp(-1))

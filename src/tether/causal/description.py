@@ -75,6 +75,7 @@ class _Description(Strict):
     hold: Annotated[int, Field(ge=0, le=2**31)] | None = None
     grace: Annotated[int, Field(ge=0, le=2**31)] | None = None
     stay: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    whole: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> "_Description":

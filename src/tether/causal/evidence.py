@@ -29,6 +29,7 @@ __all__ = [
     "Rule",
     "begin",
     "gains",
+    "onward",
     "prior",
     "regret_allowed",
     "scan",
@@ -52,6 +53,8 @@ class Rule:
         grace: tokens at the beginning of a text at which every domain is awake, >= 0.
         stay: an open gate closes only where the squared distance is beyond so many times what opens it, >= 1; of use
             with a hold.
+        whole: whether the model's own text begins with the weights that all of what was given supports; else with those
+            at its very end, to which its last tokens alone may have led.
     """
 
     prior: float = 0.9
@@ -61,6 +64,7 @@ class Rule:
     hold: int = 32
     grace: int = 8
     stay: float = 2.0
+    whole: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -89,7 +93,7 @@ class Rule:
 
         Args:
             description: `CausalQwenConfig.fusion` of a fusion by evidence, or the like; one that says nothing of
-                choice, hold, grace or stay was written before there were any, and is served without.
+                choice, hold, grace, stay or whole was written before there were any, and is served without.
 
         Returns:
             The rule.
@@ -102,6 +106,7 @@ class Rule:
             hold=int(description.get("hold", 0)),
             grace=int(description.get("grace", 0)),
             stay=float(description.get("stay", 1.0)),
+            whole=bool(description.get("whole", False)),
         )
 
 
@@ -160,9 +165,7 @@ def serve(
     weights = state.logsumexp(-2).masked_fill(~awake, -torch.inf)
     total = weights.logsumexp(-1, keepdim=True)
     # Where nobody awake has any weight left the base speaks.
-    alone = torch.where(torch.arange(weights.shape[-1], device=weights.device) == 0, 0.0, -torch.inf).to(
-        weights
-    )
+    alone = torch.where(torch.arange(weights.shape[-1], device=weights.device) == 0, 0.0, -torch.inf)
     weights = torch.where(total > -torch.inf, weights - total, alone)
     if floor:
         weights = weights + math.log1p(-floor)
@@ -212,6 +215,29 @@ def target(state: Float[Tensor, "*batch rates experts"]) -> Float[Tensor, "*batc
     return torch.where(total > -torch.inf, state - total, state)
 
 
+def onward(
+    state: Float[Tensor, "*batch rates experts"], restarts: Sequence[float]
+) -> Float[Tensor, "*batch rates experts"]:
+    """Begin the model's own text with the weights that all of what was given supports.
+
+    These are the weights at the slowest rate, which forgets least; at every rate alike, as a text begins. The mixture
+    over rates is about the next token: at a fast rate a few tokens in the manner of another expert decide, and would
+    decide for all that is written.
+
+    Args:
+        state: log weights at the end of the given text, shape (..., J, K).
+        restarts: the J rates.
+
+    Returns:
+        Log weights, shape (..., J, K).
+    """
+    slowest = min(range(len(restarts)), key=lambda rate: restarts[rate])
+    own, every = state[..., slowest, :], state.logsumexp(-2)
+    # At a rate without any weight somebody held a token for impossible that came; then all rates together say it.
+    own = torch.where(own.logsumexp(-1, keepdim=True) > -torch.inf, own, every)
+    return begin(own - own.logsumexp(-1, keepdim=True), restarts)
+
+
 def update(
     state: Float[Tensor, "*batch rates experts"],
     gain: Float[Tensor, "*batch experts"],
@@ -256,6 +282,8 @@ def scan(
     log_prior: Float[Tensor, " experts"],
     towards: Float[Tensor, "batch rates experts"] | None = None,
     written: int | None = None,
+    *,
+    whole: bool = True,
 ) -> tuple[Float[Tensor, "batch time rates experts"], Float[Tensor, "batch rates experts"] | None]:
     """Go through the tokens of some texts.
 
@@ -270,7 +298,9 @@ def scan(
         restarts: the J rates.
         log_prior: the prior, shape (K,).
         towards: target of restarts on the model's own tokens, shape (B, J, K), where the given text ended before.
-        written: the first token here that the model wrote itself; None where all are given.
+        written: the first token here that the model wrote itself, T where it writes the next one; None where all are
+            given.
+        whole: whether it then begins with the weights that all of what was given supports, see `onward`.
 
     Returns:
         Log weights after each token, shape (B, T, J, K), and the target of the model's own tokens.
@@ -285,6 +315,8 @@ def scan(
         moved = update(state, gain[:, step], awake[:, step], restarts, known)
         state = torch.where(scored[:, step, None, None], moved, state)
         state = torch.where(fresh[:, step, None, None], start, state)
+        if whole and written is not None and step == written - 1:
+            state = onward(state, restarts)
         after.append(state)
     return torch.stack(after, 1) if after else state.new_zeros(len(state), 0, *state.shape[1:]), towards
 

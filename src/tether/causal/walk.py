@@ -105,7 +105,12 @@ class Walk:
         if self.held:
             self.last = self.held["state"][:, -1]
             if reading.written is not None and 0 < reading.written <= self.past:
-                self.towards = evidence.target(self.held["state"][:, reading.written - 1])
+                ended = self.held["state"][:, reading.written - 1]
+                if mixture.rule.whole:
+                    # The call that ended with the given text may not have known that it did.
+                    ended = evidence.onward(ended, mixture.rule.restarts)
+                    self.last = ended if reading.written == self.past else self.last
+                self.towards = evidence.target(ended)
             elif reading.written == 0:
                 self.towards = evidence.begin(self.log_prior, mixture.rule.restarts).expand(batch, -1, -1)
                 self.towards = evidence.target(self.towards)
@@ -234,7 +239,7 @@ class Walk:
             return
         part = slice(start, end)
         written = None
-        if self.written is not None and self.written < end:
+        if self.written is not None and self.written <= end:
             written = max(self.written - start, 0)
         state = self.last if start == 0 else self.states[:, start - 1]
         if not bool(self.scored[:, part].any()) and not bool(self.fresh[:, part].any()) and written is None:
@@ -244,7 +249,7 @@ class Walk:
             rule = self.mixture.rule
             self.states[:, part], self.towards = evidence.scan(
                 state, self.gain[:, part], self.told[:, part], self.scored[:, part], self.fresh[:, part],
-                rule.restarts, self.log_prior, self.towards, written,
+                rule.restarts, self.log_prior, self.towards, written, whole=rule.whole,
             )  # fmt: skip
         self.done = end
 
