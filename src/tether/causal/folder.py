@@ -96,7 +96,7 @@ def _check_sizes(folder: Path, file: Path, content: dict[str, Any]) -> None:
             )
 
 
-def check_size(path: str, name: str) -> None:
+def check_size(path: str, name: str, loader: Any = None) -> None:
     """Refuse a config that makes a model of far more numbers than its weights have.
 
     What a config makes is counted on the meta device, without memory: the product of two widths that are each harmless
@@ -105,6 +105,7 @@ def check_size(path: str, name: str) -> None:
     Args:
         path: of a folder that `check_folder` has passed, or a hub id, at which nothing is checked.
         name: what the user calls it.
+        loader: of transformers, `AutoModelForCausalLM` if left out.
 
     Raises:
         CheckpointError: the config makes too large a model.
@@ -120,7 +121,7 @@ def check_size(path: str, name: str) -> None:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = (loader or AutoModelForCausalLM).from_config(config, trust_remote_code=False)
         made = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
     except Exception as error:
         # Whatever is wrong with it, loading says so; only what it says without an end is of interest here.

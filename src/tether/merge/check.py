@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tether.causal.folder import check_size
 from tether.causal.softmax import softmax_kl
 from tether.delta.windows import Windows, window_text
 from tether.errors import CheckpointError, ConfigError
@@ -86,7 +87,10 @@ def load_checkpoint(path: Path | str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        check_size(str(path), str(path), loader)
         return loader.from_pretrained(path, trust_remote_code=False, dtype=torch.float32).eval()
+    except CheckpointError:
+        raise
     except Exception as error:
         # transformers raises a dozen types here; the user needs one sentence.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from tether.causal.folder import check_size
 from tether.causal.loading import load_backbone, resolve
 from tether.errors import CheckpointError, ConfigError, TetherError
 from tether.files import LINE_BYTES, is_plain, read_bytes
@@ -194,11 +195,13 @@ def load_reader(name: str, *, images: bool) -> tuple[Any, Any, Any]:
         return (*load_backbone(name), None)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    place = resolve(name)
+    check_size(place, name, AutoModelForImageTextToText)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            resolve(name), trust_remote_code=False, dtype="auto"
+            place, trust_remote_code=False, dtype="auto"
         ).eval()
-        processor = AutoProcessor.from_pretrained(resolve(name), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: the probes have images, but no vision-language model with a processor loads from there "
