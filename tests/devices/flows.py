@@ -38,6 +38,11 @@ from tether.delta.measure import Variant, measure
 from tether.delta.output_head import output_head
 from tether.delta.verification import verify
 from tether.delta.windows import window_text
+from tether.merge.alignment import record
+from tether.merge.gram import load_grams
+from tether.merge.observation import observe
+from tether.merge.probes import Probe, encode_probes
+from tether.merge.tefm.observed import parse_encoding
 from tether.router.deltas import DeltaRouterFit, route_deltas
 from tether.store.documents import write_documents
 
@@ -260,6 +265,21 @@ def beams():
     }
 
 
+def observed():
+    plain = tiny.backbone().to(DEVICE)
+    probes = encode_probes(
+        [Probe(text=text) for text in ("12 and 13", "a few words", "7.5, 8.5")], tiny.tokenizer()
+    )
+    folder = observe(plain, probes, FOLDER / "seen", paths=2, longest=8, encodings=[parse_encoding("paper")])
+    grams = load_grams(folder, 1).grams
+    ids = torch.arange(24).reshape(2, 12)
+    seen = [record(each, ids) for each in (plain, tiny.backbone(seed=1).to(DEVICE))]
+    return {
+        "grams": float(sum(gram.double().norm() for gram in grams.values())),
+        "recorded": float(sum(values.double().norm() for each in seen for values in each.hidden)),
+    }
+
+
 FLOWS = {
     "learn": learnt,
     "learn latent, hard": partial(learnt, name="words", metric="latent", hard=True, budget=20.0),
@@ -281,6 +301,7 @@ FLOWS = {
     "other modes": other_modes,
     "route": routed,
     "beams and caches": beams,
+    "observe and record": observed,
 }
 
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from tether.cli.observe import observe
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import place, placed
 from tether.cli.progress import reporter
 from tether.cli.study import study_length, study_neurons
 from tether.errors import ConfigError
@@ -30,12 +31,11 @@ merge_app = typer.Typer(
     no_args_is_help=True,
     help="Merge whole models: tether merge RECIPE.yaml (options: tether merge run --help).",
 )
-merge_app.command("study-length")(study_length)
+merge_app.command("study-length")(placed(study_length))
 merge_app.command("study-neurons")(study_neurons)
-merge_app.command("observe")(observe)
+merge_app.command("observe")(placed(observe, dtype=False))
 
 
-@merge_app.command("align")
 def align(
     target: Annotated[str, typer.Argument(help="The model in whose coordinates the merge will be.")],
     source: Annotated[str, typer.Argument(help="The model whose units are to be brought there.")],
@@ -53,12 +53,17 @@ def align(
 
     check_file(out)
     with reporter() as steps:
-        found = align_checkpoints(target, source, text, out, tokens=tokens, on_step=steps("aligning"))
+        found = align_checkpoints(
+            target, source, text, out, tokens=tokens, device=place()[0], on_step=steps("aligning")
+        )
     lines = [
         f"{space:<18} similarity {found['similarity'][space]:.3f}, {found['unmatched'][space]} units unmatched"
         for space in found["similarity"]
     ]
     emit({"path": str(out), **found}, as_json, "\n".join([*lines, f"maps: {out}"]))
+
+
+merge_app.command("align")(placed(align, dtype=False))
 
 
 @merge_app.command("run")

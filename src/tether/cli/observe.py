@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import place
 from tether.cli.progress import reporter
 from tether.errors import ConfigError
 
@@ -40,6 +41,7 @@ def observe(
     if out.is_file():
         raise ConfigError(f"{out} is a file: expected a folder, new or of an interrupted run")
     backbone, tokenizer, processor = load_reader(model, images=any(probe.image for probe in meta))
+    backbone.to(place()[0])
     encoded = encode_probes(meta, tokenizer, processor=processor)
     files = Path(backbone.name_or_path)
     checkpoint = CheckpointReader(files).fingerprint() if files.is_dir() else None

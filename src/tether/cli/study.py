@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tether.cli.output import emit, quiet_libraries
+from tether.cli.placing import load_backbone
 from tether.cli.progress import reporter
 
 __all__ = ["study_length", "study_neurons"]
@@ -20,7 +21,6 @@ def study_length(
 ) -> None:
     """Measure how the encoding phi changes with the longest path (8, 16, 32, 64), with a verdict a claim."""
     quiet_libraries()
-    from tether.causal.loading import load_backbone
     from tether.merge.paths import sample_paths
     from tether.merge.probes import encode_probes, read_probes
     from tether.merge.study import study_lengths

@@ -59,19 +59,21 @@ def record(model: Any, input_ids: Tensor) -> Activations:
             times the width.
 
     Returns:
-        The activations.
+        The activations, on the CPU.
     """
     found = Activations([], [], [])
     handles = []
 
     def keep_input(into: list[Tensor], module: nn.Module) -> None:
         handles.append(
-            module.register_forward_pre_hook(lambda _, args: into.append(args[0].detach().flatten(0, -2)))
+            module.register_forward_pre_hook(
+                lambda _, args: into.append(args[0].detach().flatten(0, -2).cpu())
+            )
         )
 
     def keep_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        found.residual.append(stream.detach().flatten(0, -2))
+        found.residual.append(stream.detach().flatten(0, -2).cpu())
 
     for layer in find_tower(model).layers:
         keep_input(found.hidden, layer.get_submodule("mlp.down_proj"))
@@ -79,7 +81,7 @@ def record(model: Any, input_ids: Tensor) -> Activations:
         handles.append(layer.register_forward_hook(keep_output))
     try:
         with torch.no_grad():
-            model(input_ids=input_ids, use_cache=False)
+            model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -27,6 +27,7 @@ def align_checkpoints(
     out: Path,
     *,
     tokens: int = 2048,
+    device: torch.device | str | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Align one checkpoint with another and write the maps.
@@ -37,6 +38,7 @@ def align_checkpoints(
         text: what both read.
         out: the file of maps.
         tokens: about how many tokens.
+        device: where the models run, one after the other; None is the CPU.
         on_step: called with `done` and `total` models.
 
     Returns:
@@ -67,7 +69,7 @@ def align_checkpoints(
     ]
     seen = []
     for number, folder in enumerate(folders):
-        model = load_checkpoint(folder.weights)
+        model = load_checkpoint(folder.weights).to(device or "cpu")
         seen.append(_joined([record(model, group) for group in groups]))
         if on_step:
             on_step({"done": number + 1.0, "total": 2.0})
