@@ -355,7 +355,9 @@ def _stay(trial: Trial) -> Iterator[Row]:
             (found,) = account([fused], trial.windows(name))
             case = f"seed {trial.seed}, 3 domains from {group[0]}, {said}"
             if name == group[0]:
-                yield _row(case, f"NLL {name}, own delta alone", _mean(found.nll), _mean(trial.alone(name)), 1)
+                yield _row(
+                    case, f"NLL {name}, own delta alone", _mean(found.nll), _mean(trial.alone(name)), 1
+                )
                 continue
             yield _row(case, f"KL {name}", _mean(found.softmax_kl), 0.001, 1)
             yield _row(case, f"NLL {name}, base", _mean(found.nll), _mean(found.base_nll), 1)

@@ -800,7 +800,9 @@ def test_the_models_own_text_begins_with_what_all_of_the_given_text_supports():
     yes = torch.ones(1, len(told), dtype=torch.bool)
     awake = torch.ones(1, len(told), 2, dtype=torch.bool)
     start = begin(log_prior, restarts)[None]
-    last = scan(start, told[None], awake, yes, ~yes, restarts, log_prior, None, len(told), whole=False)[0][0, -1]
+    last = scan(start, told[None], awake, yes, ~yes, restarts, log_prior, None, len(told), whole=False)[0][
+        0, -1
+    ]
     found, towards = scan(start, told[None], awake, yes, ~yes, restarts, log_prior, None, len(told))
     assert towards is None  # the next call asks for it
     end = found[0, -1]
@@ -811,7 +813,9 @@ def test_the_models_own_text_begins_with_what_all_of_the_given_text_supports():
     assert_close(end, begin(end.logsumexp(0), restarts), rtol=1e-12, atol=1e-12)
     assert_close(onward(end, restarts), end, rtol=1e-12, atol=1e-12)
     # Only the last position is another one.
-    assert torch.equal(found[0, :-1], scan(start, told[None], awake, yes, ~yes, restarts, log_prior)[0][0, :-1])
+    assert torch.equal(
+        found[0, :-1], scan(start, told[None], awake, yes, ~yes, restarts, log_prior)[0][0, :-1]
+    )
 
 
 def test_a_rule_is_read_back_and_an_older_one_is_what_it_was():
@@ -822,7 +826,9 @@ def test_a_rule_is_read_back_and_an_older_one_is_what_it_was():
         assert Rule.of(rule.described()) == rule
     # Written before there was a choice of the gates, and when who slept fell asleep at once.
     older = {"prior": 0.9, "restarts": [0.0, 0.1], "floor": 0.0}
-    assert Rule.of(older) == Rule(prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0, stay=1.0, whole=False)
+    assert Rule.of(older) == Rule(
+        prior=0.9, restarts=(0.0, 0.1), choice=False, hold=0, grace=0, stay=1.0, whole=False
+    )
 
 
 def test_a_rule_out_of_range_is_refused():

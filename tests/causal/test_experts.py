@@ -218,7 +218,9 @@ def action(generator, size=4):
     return made
 
 
-@pytest.mark.parametrize("table", [TABLE, TABLE[:2], TABLE[1:2]], ids=["many", "few", "alone"])
+@pytest.mark.parametrize(
+    "table", [TABLE, TABLE[:2], TABLE[2:4], TABLE[1:2]], ids=["many", "few", "few and mixed", "alone"]
+)
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_scores_are_those_of_each_alone(generator, table, cap):
     found, head = experts(table, generator=generator), action(generator)
@@ -293,6 +295,12 @@ def test_who_holds_everything_for_impossible_is_broken_and_the_base_never_is(gen
     drawn = torch.randn(len(found.row), CLASSES, generator=generator)
     drawn[7], drawn[9, 3], drawn[2] = -math.inf, math.inf, math.nan
     assert scores(found, drawn[:6], drawn[6:]).broken.nonzero().flatten().tolist() == [7, 9]
+    # A base with an infinite score is certain of that class, and holds each other one for impossible.
+    sure = torch.randn(len(found.row), CLASSES, generator=generator)
+    sure[0, 3] = math.inf
+    told = scores(found, sure[:6], sure[6:]).log_prob(torch.full((6,), 5))
+    assert float(told[0, 0]) == -math.inf
+    assert bool(told[0, found.awake[0]][1:].isfinite().all())
     # A base that is no law at all ends in no endless search for others.
     found.loc[0] = math.nan
     made = found.score(action(generator))

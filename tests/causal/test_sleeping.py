@@ -26,6 +26,17 @@ def test_means_of_the_last_tokens_stay_inside_their_text(generator, window, cut)
         assert_close(two, recent_mean(states, places, window)[:, cut:])
 
 
+def test_means_of_half_precision_are_taken_in_single(generator):
+    """Sums of many tokens would lose in half precision what tells contexts apart; one token may come alone."""
+    states = torch.randn(1, 40, 3, generator=generator).bfloat16()
+    places = torch.arange(40)[None]
+    expected = torch.stack([states[0, max(0, t - 15) : t + 1].double().mean(0) for t in range(40)]).float()
+    whole = recent_mean(states, places, 16)
+    assert_close(whole[0], expected, rtol=1e-5, atol=1e-6)
+    one = recent_mean(states[:, 39:], places[:, 39:], 16, states[:, :39])
+    assert_close(one[0], expected[39:], rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=400)
 @example([(False, True, 1, False, False, True)] * 3, 1, 1, 0, 0)
 @example([(False, True, 1, False, True, True)] * 9, 2, 5, 7, 3)

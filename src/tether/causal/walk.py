@@ -152,7 +152,6 @@ class Walk:
             served = held["awake"][experts.row, experts.expert]
             experts = experts if bool(served.all()) else experts.without(~served)
             log_prob = self._one_score(experts, ids) - held["excess"].double()
-            log_prob = log_prob.masked_fill(~experts.awake, -torch.inf)
         else:
             scores = experts.score(action)
             experts, log_prob = scores.experts, scores.log_prob(ids)
