@@ -100,7 +100,7 @@ def distances(mixture, row, states, count):
     apart = states.mean(0) - center
     inside = (whitening @ apart).square().sum()
     unit = whitening / whitening.norm(dim=-1, keepdim=True)
-    # Directions are taken off the rest one by one, as the gate states it.
+    # Principal directions are as the gate has them, orthogonal or not; each is taken off the rest.
     rest = apart.square().sum() - (unit @ apart).square().sum()
     far = inside + precision * rest
     density = whitening.norm(dim=-1).log().sum() + (H - 2) * precision.log() / 2 - far / 2
@@ -155,11 +155,10 @@ def laws(fused, features):
             s = strength * mixture.description["weights"][row]
             x, y = read_move(s * first, s * second, mixture.native[row], base[1])
             domain.append(row)
-            # The model has all in single precision, and what a head gives is no number at a small strength either.
-            whole = torch.where(
-                torch.cat([first, second], -1).float().isfinite().all(-1, keepdim=True), 0.0, math.nan
-            )
-            found.append((base[0] + base[1].exp() * y + whole, base[1] + x))
+            # The model has all in single precision: what is infinite there is so at every strength.
+            held = torch.cat([first, second], -1).float().isfinite().all(-1, keepdim=True)
+            moved = base[0] + base[1].exp() * y
+            found.append((torch.where(held, moved, math.nan), base[1] + x))
     loc, log_scale = (torch.stack(each, 1) for each in zip(*found, strict=True))
     scores, cap = loc @ action.weight.double().T, action.logit_cap
     scores = scores if action.bias is None else scores + action.bias.double()
@@ -310,11 +309,11 @@ def check(found, known, first, last, seen, names):
 ALL = ("weights", "law", "gain", "scored", "awake", "density")
 
 
-def in_pieces(fused, reading, cuts, known, **options):
+def in_pieces(fused, reading, cuts, known):
     """Calls that go on from each other give what is known of the whole text, and remember the same."""
     memory = Memory()
     for first, last in itertools.pairwise([0, *cuts, T]):
-        found = fused.serve(part(reading, first, last), memory, **options)
+        found = fused.serve(part(reading, first, last), memory)
         seen = reading.mask[:, first:last]
         check(found, known, first, last, seen, ("weights", "law", "awake", "density"))
         # The last token of a call is followed by none.
@@ -458,8 +457,7 @@ def test_a_text_goes_on_where_nobody_had_asked_for_a_law(gated, left):
     memory.keep(left)
     found = fused.serve(part(reading, left, T), memory)
     # What had been left out was no evidence.
-    silent = reading._replace(written=None)
-    known = expected(fused, silent, begin=left)
+    known = expected(fused, reading, begin=left)
     check(found, known, left, T, reading.mask[:, left:], ("weights", "law", "awake"))
 
 
