@@ -648,6 +648,16 @@ def test_a_rate_without_any_weight_stays_without():
     assert_close(later.exp().sum(), tensor(1.0))
 
 
+def test_own_text_begins_with_all_rates_together_where_the_slowest_has_no_weight_left():
+    log_prior, awake, rates = prior(0.5, [1]), torch.ones(2, dtype=torch.bool), (0.0, 0.5)
+    state = begin(log_prior, rates)
+    for told in ([-1.0, -INF], [-INF, -1.0]):
+        state = update(state, gains(tensor(told), awake), awake, rates, log_prior)
+    assert bool((state[0] == -INF).all())
+    # By hand: the second rate gave the other expert 1/8 back after the first token, and the base 1/4 after the next.
+    assert_close(onward(state, rates).exp(), tensor([[0.125, 0.375]] * 2))
+
+
 # Parts
 
 

@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from tether.cauchy.functional import from_noise
+from tether.causal import speaking, start
 from tether.causal.experts import Experts
+from tether.causal.gibbs import Chain
 from tether.causal.observation import Observation
 from tether.causal.posterior import sample_posterior
 from tether.causal.speakers import CLEAR, Speakers
@@ -268,6 +270,36 @@ def test_only_those_who_act_as_observed_are_asked_to_speak(shared, valued, gener
     assert kept == asked
 
 
+@pytest.mark.parametrize("valued", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_would_not_act_as_observed_does_not_speak(shared, valued, generator, monkeypatch):
+    """Whatever a jump proposes, what the model itself would not say again is refused, and the chain stays as it was."""
+    refused, jumps = [], SpeakingChain._move
+
+    def move(chain, chosen, points):
+        jumps(chain, chosen, points)
+        refused.append(bool((chosen != chain.cell).any()))
+        # The noise goes on under the law of who speaks now, and so do the values.
+        assert torch.equal(chain.chain._polytope.loc, chain._law(chain.cell)[0].loc)
+        assert torch.equal(chain.chain._targets, chain._targets[chain._chains, chain.cell])
+
+    monkeypatch.setattr(SpeakingChain, "_holds", lambda chain, points, worth, row: worth)
+    monkeypatch.setattr(SpeakingChain, "_move", move)
+    loc, scale, weight, log_weights, source = make(8, 3, 3, 4, 12)
+    latent = prior(source, loc, scale, log_weights, shared, draws=1)[3][0]
+    tokens = (latent.float() @ weight.T).argmax(-1)
+    options = {"tokens": tokens, "shared": shared, "samples": 60, "generator": generator}
+    if valued:
+        value_weight = torch.randn(4, generator=source)
+        values = (latent @ value_weight.double()).float()
+        options |= {"values": values, "value_weight": value_weight, "value_mask": torch.arange(3) == 1}
+    found = sample_posterior(loc, scale, weight, log_weights=log_weights, **options)
+    assert sum(refused) > 10
+    own = [law.double()[torch.arange(3), found.expert] for law in (loc, scale)]
+    said = (from_noise(found.noise, *own) @ weight.double().T).argmax(-1)
+    assert torch.equal(said, tokens.expand(60, 3))
+
+
 def test_cells_are_where_the_same_experts_speak():
     log_weights = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.0, 0.75]], dtype=torch.float64).log()
     law = torch.ones(2, 3, 1)
@@ -298,6 +330,39 @@ def test_a_chain_starts_with_who_is_likeliest_to_have_said_it():
         likely = log_weights[0].exp() * (loc[0] * weight.T + bias).double().softmax(-1)[:, token]
         assert likely.argsort(descending=True).tolist() == expected
         assert speakers.order(given, torch.tensor([0])).tolist() == [expected]
+
+
+def test_a_start_that_takes_long_is_looked_for_with_the_likeliest_again(generator, monkeypatch):
+    loc, scale, weight, log_weights, _ = make(5, 1, 2, 3, 5)
+    tokens = (loc[:, 0] @ weight.T).argmax(-1)
+    given = Observation(loc=loc[:, 0], scale=scale[:, 0], weight=weight, bias=None, tokens=tokens)
+    likeliest = int(Speakers.of(loc, scale, log_weights, 1).order(given, torch.tensor([0]))[0, 0])
+    tried = []
+
+    def first_point(polytope, *hyperplanes, limit, **options):
+        """Nobody at first, then only the likeliest."""
+        who = int((polytope.loc[0] - loc[0]).norm(dim=-1).argmin())
+        tried.append((who, limit))
+        noise, iterations, failed = start.first_point(polytope, *hyperplanes, limit=limit, **options)
+        return noise, iterations, failed if limit > speaking.FIRST_TRIES and who == likeliest else 0 * failed
+
+    monkeypatch.setattr(speaking, "first_point", first_point)
+    options = {"tokens": tokens, "log_weights": log_weights, "samples": 1, "generator": generator}
+    sample_posterior(loc, scale, weight, **options, start_limit=500)
+    assert tried == [
+        (likeliest, speaking.FIRST_TRIES),
+        (1 - likeliest, speaking.FIRST_TRIES),
+        (likeliest, 500),
+    ]
+
+
+def test_the_burn_in_ends_for_the_noise_of_those_who_speak(generator, monkeypatch):
+    loc, scale, weight, log_weights, _ = make(9, 3, 2, 3, 5)
+    frozen, freeze = [], Chain.freeze
+    monkeypatch.setattr(Chain, "freeze", lambda chain: frozen.append(chain) or freeze(chain))
+    options = {"tokens": (loc[:, 0] @ weight.T).argmax(-1), "samples": 1, "generator": generator}
+    sample_posterior(loc, scale, weight, log_weights=log_weights, **options)
+    assert len(frozen) == 1
 
 
 def test_one_expert_with_all_the_weight_is_the_posterior_of_one_law(generator):

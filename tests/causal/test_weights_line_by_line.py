@@ -68,6 +68,7 @@ def build(*, rule=RULE, gated=True, layers=(), location_only=False, domains=3, s
         "gate_window": WINDOW, "gate_rank": 2, "gate_stages": 2, **rule.described(),
     }  # fmt: skip
     mixture = Mixture(H, C, description)
+    assert mixture.description == description
     abduction = Abduction(H, C, 1.0)
     action = Action(C, V, 0.1, "constant", 1.0, "constant", "raw", True)
     with torch.no_grad():
