@@ -5,6 +5,7 @@ weight, the threshold and the class noise, on the same tokens in an order of its
 """
 
 import math
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tether.cauchy.functional import log_cdf, log_sf
 from tether.causal.action import Action
 from tether.causal.dataset import make_examples, shuffled
 from tether.causal.layers import Abduction
@@ -29,7 +31,9 @@ Row = dict[str, Any]
 
 _STEP, _ROWS = 512, 85
 """Tokens an optimizer step, and rows of scores held at once."""
-NLLS = ("softmax NLL", "normalised one-vs-rest NLL", "normalised NLL with power")
+_SAMPLES, _TOP, _FOCUS = 4096, 8, 2.0
+"""Classes drawn beside the targets and the likeliest ones of each context, how many these are, gamma of focal loss."""
+NLLS = ("softmax NLL", "normalised one-vs-rest NLL", "normalised NLL with power", "one-vs-rest loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,10 @@ class _Arm:
     exact: bool = False
     passes: int = 2
     lr: float = 2e-4
+    warm: int = 0
+    """Passes of cross-entropy first."""
+    loss: str = "one-vs-rest"
+    """Or `focal`, `distilled` (from the base's softmax), `normalised` (P_k / sum P), `normalised power`."""
 
 
 _CONTEXT = {"form": "context", "threshold": 10.0, "latent_scale": 1e-4, "learnt": True}
@@ -57,7 +65,28 @@ ARMS = (
     _Arm(name="one-vs-rest, per context, lower rate", **_CONTEXT, lr=5e-5),
     _Arm(name="one-vs-rest, per context, exact loss", **_CONTEXT, exact=True),
     _Arm(name="one-vs-rest, per context, head untied", **_CONTEXT, untied=True),
+    _Arm(name="one-vs-rest, per context, after cross-entropy", **_CONTEXT, warm=1),
+    _Arm(name="focal, per context", **_CONTEXT, loss="focal"),
+    _Arm(name="distilled from softmax, per context", **_CONTEXT, loss="distilled"),
+    _Arm(name="one-vs-rest, thresholds at the classes' rates", form="class", latent_scale=1e-4, learnt=True),
+    _Arm(
+        name="distilled, thresholds at the classes' rates",
+        form="class",
+        latent_scale=1e-4,
+        learnt=True,
+        loss="distilled",
+    ),
+    _Arm(name="normalised, per context", **_CONTEXT, loss="normalised"),
+    _Arm(
+        name="normalised, thresholds at the classes' rates",
+        form="class",
+        latent_scale=1e-4,
+        learnt=True,
+        loss="normalised",
+    ),
+    _Arm(name="normalised with a learnt power, calibrated", learnt=True, loss="normalised power"),
 )
+"""`TETHER_ARMS` chooses some by number."""
 
 
 def rows(*, fast: bool) -> list[Row]:
@@ -76,9 +105,14 @@ def rows(*, fast: bool) -> list[Row]:
     held, seeds = (400, (0,)) if fast else (2000, (0, 1, 2))
     states, targets = _states(model, tokenizer, tokens=2000 if fast else 22500)
     bench = _Bench(model, states[:-held], targets[:-held], states[-held:], targets[-held:])
-    figures = {arm.name: [bench.run(arm, seed) for seed in seeds[: 1 if arm.exact else None]] for arm in ARMS}
+    chosen = [ARMS[int(at)] for at in os.environ.get("TETHER_ARMS", "").split()] or ARMS
+    figures = {
+        arm.name: [bench.run(arm, seed) for seed in seeds[: 1 if arm.exact else None]] for arm in chosen
+    }
     torch.set_num_threads(threads)
-    reference = [found["softmax NLL"] for found in figures["cross-entropy"]]
+    reference = [
+        found["softmax NLL"] for found in figures[ARMS[1].name if ARMS[1] in chosen else chosen[0].name]
+    ]
     return [
         {
             "case": f"{name}; baseline: softmax NLL of the head trained by cross-entropy",
@@ -128,10 +162,14 @@ class _Bench:
 
     def run(self, arm: _Arm, seed: int) -> dict[str, float]:
         started = time.process_time()
-        head = _Head(self.model, arm)
-        for step in range(steps := arm.passes * len(self.targets) // _STEP):
+        head = _Head(self.model, arm, torch.Generator().manual_seed(seed))
+        if arm.form == "class":
+            head.meet_rates(self.states[::16], self.targets)
+            head.optimizer.param_groups[1]["peak"] = 2e-2
+        warm = arm.warm * len(self.targets) // _STEP
+        for step in range(steps := (arm.warm + arm.passes) * len(self.targets) // _STEP):
             here = torch.tensor(shuffled(len(self.targets), seed, step * _STEP, (step + 1) * _STEP))
-            loss = head.loss(self.states[here], self.targets[here])
+            loss = head.loss(self.states[here], self.targets[here], warm=step < warm)
             head.step(loss, min((step + 1) / 4, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
         power = head.power(self.states[:200], self.targets[:200])
         figures = head.figures(self.held_states, self.held_targets, power)
@@ -141,12 +179,13 @@ class _Bench:
 class _Head:
     """Abduction and action of an arm, on states."""
 
-    def __init__(self, model: CausalQwenForCausalLM, arm: _Arm) -> None:
+    def __init__(self, model: CausalQwenForCausalLM, arm: _Arm, generator: torch.Generator) -> None:
         config, weight = model.config, model.action.weight.detach()
         classes, width = weight.shape
         scale = config.latent_scale if arm.latent_scale is None else arm.latent_scale
         threshold = config.threshold if arm.threshold is None else arm.threshold
-        self.arm = arm
+        self.arm, self.generator = arm, generator
+        self.log_power = nn.Parameter(torch.tensor(math.log(threshold)))
         self.abduction = Abduction(width, width, scale)
         self.abduction.reset_identity()
         self.action = Action(
@@ -163,27 +202,72 @@ class _Head:
             groups.append({"params": [self.action.weight], "peak": arm.lr})
         if arm.learnt:
             groups += [
-                {"params": [p], "peak": 2e-2 * max(1.0, float(p.detach().abs().mean()))} for p in levels
+                {"params": [p], "peak": 2e-2 * max(1.0, float(p.detach().abs().median()))} for p in levels
             ]
+        if arm.loss == "normalised power":
+            groups.append({"params": [self.log_power], "peak": 1e-2})
         self.optimizer = torch.optim.AdamW(groups, lr=arm.lr, weight_decay=0.0)
 
-    def loss(self, states: Tensor, targets: Tensor) -> Tensor:
+    @torch.no_grad()
+    def meet_rates(self, states: Tensor, targets: Tensor) -> None:
+        """Set each class's threshold where it fires as often as it occurs, one more occurrence assumed for each."""
+        score_loc, score_scale = self.action.scores(*self._law(states))
+        count = torch.bincount(targets, minlength=len(self.action.weight)) + 1.0
+        far = score_scale.mean(0) * count.sum() / (torch.pi * count)
+        self.action.threshold.copy_(score_loc.mean(0) + far)
+
+    def _law(self, states: Tensor) -> tuple[Tensor, Tensor]:
         loc, log_scale = self.abduction(states)
-        if self.arm.mode == "softmax":
+        return loc, log_scale.exp()
+
+    def loss(self, states: Tensor, targets: Tensor, *, warm: bool = False) -> Tensor:
+        loc, scale = self._law(states)
+        if warm or self.arm.mode == "softmax":
             return softmax_loss(self.action.score_loc(loc), targets)
-        level = self.action.threshold.squeeze()
+        level, noise = self.action.threshold, self.action.noise_scale
         if self.arm.form == "context":
-            level = level + log_normaliser(loc, self.action.weight)
-        form = {"impl": "chunked"} if self.arm.exact else {"impl": "sampled", "samples": 4096}
-        return ovr_loss(
-            loc,
-            log_scale.exp(),
-            self.action.weight,
-            targets,
-            threshold=level,
-            class_noise=self.action.noise_scale,
-            **form,
+            level = level + log_normaliser(loc, self.action.weight).reshape(-1, 1)
+        if self.arm.loss != "one-vs-rest":
+            return self._other(states, loc, scale, targets, level)
+        level = level if self.arm.form == "class" or level.ndim > 1 else level.squeeze()
+        form = {"impl": "chunked"} if self.arm.exact else {"impl": "sampled", "samples": _SAMPLES}
+        return ovr_loss(loc, scale, self.action.weight, targets, threshold=level, class_noise=noise, **form)
+
+    # Losses on the targets, the likeliest classes of each context, and a sample that stands for all others.
+    def _other(self, states: Tensor, loc: Tensor, scale: Tensor, targets: Tensor, level: Tensor) -> Tensor:
+        weight, noise = self.action.weight, self.action.noise_scale
+        with torch.no_grad():
+            base = torch.log_softmax(states @ weight.T, -1)
+            always = torch.cat([targets, base.topk(_TOP).indices.flatten()]).unique()
+            rest = torch.ones(len(weight), dtype=torch.bool)
+            rest[always] = False
+            others = rest.nonzero().squeeze(-1)
+            drawn = others[torch.randperm(len(others), generator=self.generator)[:_SAMPLES]]
+            some = torch.cat([always, drawn])
+            stand = torch.ones(len(some))
+            stand[len(always) :] = len(others) / len(drawn)
+            place = torch.searchsorted(always, targets).unsqueeze(-1)
+        level = level[some] if self.arm.form == "class" else level
+        score, wide = (
+            loc @ weight[some].T,
+            scale @ weight[some].abs().T + (noise if len(noise) == 1 else noise[some]),
         )
+        fires, silent = log_sf(level, score, wide), log_cdf(level, score, wide)
+        if self.arm.loss.startswith("normalised"):
+            power = self.log_power.exp() if self.arm.loss == "normalised power" else 1.0
+            return (
+                torch.logsumexp(power * fires + stand.log(), -1, keepdim=True)
+                - power * fires.gather(1, place)
+            ).mean()
+        wanted = (
+            base[:, some].exp()
+            if self.arm.loss == "distilled"
+            else torch.zeros_like(fires).scatter(1, place, 1.0)
+        )
+        hit, miss = -wanted * fires, -(1 - wanted) * silent
+        if self.arm.loss == "focal":
+            hit, miss = hit * (silent * _FOCUS).exp(), miss * (fires * _FOCUS).exp()
+        return ((hit + miss) * stand).sum(-1).mean()
 
     def step(self, loss: Tensor, share: float) -> None:
         for group in self.optimizer.param_groups:
@@ -217,8 +301,15 @@ class _Head:
                 cross_entropy(score_loc.double(), wanted, reduction="sum"),
                 cross_entropy(fires, wanted, reduction="sum"),
                 cross_entropy(fires * power, wanted, reduction="sum"),
+                self._decisions(fires, wanted),
                 (fires.argmax(-1) == score_loc.argmax(-1)).sum(),
             )
             for name, value in zip(sums, found, strict=True):
                 sums[name] += float(value) / len(targets)
         return sums
+
+    @staticmethod
+    def _decisions(fires: Tensor, wanted: Tensor) -> Tensor:
+        chosen = wanted.unsqueeze(-1)
+        silent = torch.log(-torch.expm1(fires.clamp(max=-1e-15)))
+        return -(silent.sum() - silent.gather(1, chosen).sum() + fires.gather(1, chosen).sum())

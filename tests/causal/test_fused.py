@@ -139,3 +139,20 @@ def test_a_description_that_does_not_fit_is_refused():
         Fusion(H, H, described | {"chart": "linaer"})
     with pytest.raises(ConfigError, match="one of each"):
         Fusion(H, H, described | {"weights": [1.0, 2.0]})
+
+
+@torch.no_grad()
+def test_gates_follow_their_parameters_when_these_change(model, ids):
+    """What gates know is prepared once; loading other weights in place, or putting others there, prepares it anew."""
+    fused = fuse(model, {random_delta(model, "a", 1): 1.0}, by="sum")
+    fusion, other = fused.fusion, 2 * torch.randn_like(fused.fusion.gate_center)
+    before = fusion.gate_statistics()
+    assert fusion.gate_statistics() is before
+    fusion.gate_center.copy_(other)
+    copied = fusion.gate_statistics()
+    assert_close(copied.square, other.square().sum(-1))
+    fusion.gate_center = torch.nn.Parameter(-other, requires_grad=False)
+    assert_close(fusion.gate_statistics().shift, -copied.shift)
+    fusion.double().float()
+    fusion.gate_precision.data = fusion.gate_precision.data + 1
+    assert not torch.equal(fusion.gate_statistics().share, copied.share)

@@ -2,6 +2,7 @@ import torch
 from torch.testing import assert_close
 
 from tether.causal.gates import (
+    GateStatistics,
     gate_density,
     gate_distance,
     gate_open,
@@ -60,7 +61,10 @@ def test_distance_is_mahalanobis_in_the_kept_directions(generator):
     expected = torch.einsum("bti,ij,btj->bt", shift, torch.linalg.inv(covariance), shift)
     full = torch.full((2, 3), 8.0, dtype=torch.float64)
     none = torch.zeros(1, 1, dtype=torch.float64)
-    assert_close(gate_distance(z, full, 8, center[None, None], whitening[None, None], none)[0], expected)
+    assert_close(
+        gate_distance(z, full, 8, GateStatistics.of(center[None, None], whitening[None, None], none))[0],
+        expected,
+    )
 
 
 def gaussians(generator):
@@ -79,7 +83,7 @@ def test_outside_the_kept_directions_one_variance_counts_and_each_stage_has_its_
     center, whitening, precision, covariance = gaussians(generator)
     z = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     count = torch.tensor([1.0, 3.0, 4.0, 2.0, 4.0], dtype=torch.float64)
-    found = gate_distance(z, count, 4, center, whitening, precision)
+    found = gate_distance(z, count, 4, GateStatistics.of(center, whitening, precision))
     for domain in range(2):
         for row in range(5):
             stage = int(count[row] == 4)
@@ -92,12 +96,12 @@ def test_rows_of_zeros_measure_nothing(generator):
     center, whitening, precision, _ = gaussians(generator)
     padded = torch.cat([whitening, torch.zeros(2, 2, 3, 6, dtype=torch.float64)], dim=-2)
     z, count = torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.full((5,), 4.0).double()
-    plain = gate_distance(z, count, 4, center, whitening, precision)
-    assert_close(gate_distance(z, count, 4, center, padded, precision), plain)
+    plain = gate_distance(z, count, 4, GateStatistics.of(center, whitening, precision))
+    assert_close(gate_distance(z, count, 4, GateStatistics.of(center, padded, precision)), plain)
     opened = torch.ones_like(plain)
     assert_close(
-        gate_softmax(gate_density(plain, count, 4, padded, precision), opened),
-        gate_softmax(gate_density(plain, count, 4, whitening, precision), opened),
+        gate_softmax(gate_density(plain, count, 4, GateStatistics.of(center, padded, precision)), opened),
+        gate_softmax(gate_density(plain, count, 4, GateStatistics.of(center, whitening, precision)), opened),
     )
 
 
@@ -111,9 +115,11 @@ def test_the_softmax_gate_is_the_posterior_of_the_open_domains(generator):
     center, whitening, precision, covariance = gaussians(generator)
     z = center[0, :1] + 0.5 * torch.randn(4, 6, generator=generator, dtype=torch.float64)
     count = torch.full((4,), 4.0, dtype=torch.float64)
-    distance = gate_distance(z, count, 4, center, whitening, precision)
+    distance = gate_distance(z, count, 4, GateStatistics.of(center, whitening, precision))
     opened = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
-    found = gate_softmax(gate_density(distance, count, 4, whitening, precision), opened)
+    found = gate_softmax(
+        gate_density(distance, count, 4, GateStatistics.of(center, whitening, precision)), opened
+    )
     density = [
         torch.distributions.MultivariateNormal(center[k, 1], covariance[k, 1]).log_prob(z[0])
         for k in range(2)
@@ -127,8 +133,11 @@ def test_directions_that_do_not_count_are_no_part_of_the_density(generator):
     center, whitening, _, _ = gaussians(generator)
     z, count = torch.randn(5, 6, generator=generator, dtype=torch.float64), torch.full((5,), 4.0).double()
     none = torch.zeros(2, 2, dtype=torch.float64)
-    distance = gate_distance(z, count, 4, center, whitening, none)
-    found = gate_softmax(gate_density(distance, count, 4, whitening, none), torch.ones_like(distance))
+    distance = gate_distance(z, count, 4, GateStatistics.of(center, whitening, none))
+    found = gate_softmax(
+        gate_density(distance, count, 4, GateStatistics.of(center, whitening, none)),
+        torch.ones_like(distance),
+    )
     density = []
     for domain in range(2):
         basis = torch.nn.functional.normalize(whitening[domain, 1], dim=-1)

@@ -7,7 +7,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from tether.causal.fused import Fusion
-from tether.causal.gates import gate_distance, gate_open, window_mean
+from tether.causal.gates import GateStatistics, gate_distance, gate_open, window_mean
 from tether.delta.background import write_background
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
@@ -24,7 +24,7 @@ def open_rate(gate, cache):
         mean, count, _ = window_mean(states, batch.mask, len(gate.threshold))
         window = len(gate.threshold)
         statistics = (values[None] for values in (gate.center, gate.whitening, gate.precision))
-        distance = gate_distance(mean, count, window, *statistics)
+        distance = gate_distance(mean, count, window, GateStatistics.of(*statistics))
         rates.append(gate_open(distance, count, gate.threshold[None])[0][batch.mask])
     return float(torch.cat(rates).mean())
 
@@ -131,7 +131,7 @@ def test_with_a_background_a_gate_opens_early_only_where_the_base_would_not_writ
     mask = torch.ones(64, 24, dtype=torch.bool)
     mean, count, _ = window_mean(background, mask, 16)
     statistics = (values[None] for values in (with_it.center, with_it.whitening, with_it.precision))
-    distance = gate_distance(mean, count, 16, *statistics)
+    distance = gate_distance(mean, count, 16, GateStatistics.of(*statistics))
     opened = gate_open(distance, count, with_it.threshold[None])[0]
     full = float(opened[:, 15:].mean())
     for stage in (slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 8), slice(8, 15)):

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from tether.cauchy.charts import NATIVE, added_in, read_move
-from tether.causal.gates import GATES, gate_density, gate_distance, gate_open, gate_softmax, window_mean
+from tether.causal.gates import (
+    GATES,
+    GateStatistics,
+    gate_density,
+    gate_distance,
+    gate_open,
+    gate_softmax,
+    window_mean,
+)
 from tether.causal.leash import check_leash
 from tether.causal.summed import Sum
 from tether.errors import ConfigError
@@ -82,6 +90,7 @@ class Fusion(nn.Module):
         self.second = nn.Parameter(torch.zeros(count, latent_size, width), requires_grad=False)
         if not self.location_only:
             self.first = nn.Parameter(torch.zeros(count, latent_size, width), requires_grad=False)
+        self._statistics: tuple[Any, Any, GateStatistics] | None = None
         if self.gated:
             self.window: int = int(description["gate_window"])
             rank = int(description["gate_rank"])
@@ -168,14 +177,30 @@ class Fusion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         last = hidden_states[..., : self.hidden_size]
         mean, count, state = window_mean(last, mask, self.window, state)
-        statistics = self.gate_center.float(), self.gate_whitening.float(), self.gate_precision.float()
-        distance = gate_distance(mean, count, self.window, *statistics)
+        distance = gate_distance(mean, count, self.window, self.gate_statistics())
         return distance, gate_open(distance, count, self.gate_threshold.float()), count, state
 
     def _density(self, distance: Tensor, count: Tensor) -> Tensor:
-        return gate_density(
-            distance, count, self.window, self.gate_whitening.float(), self.gate_precision.float()
-        )
+        return gate_density(distance, count, self.window, self.gate_statistics())
+
+    def gate_statistics(self) -> GateStatistics:
+        """Give what the gates know, prepared once and again when a parameter has changed, moved or been replaced.
+
+        Returns:
+            The statistics of all domains, float32.
+        """
+        given = self.gate_center, self.gate_whitening, self.gate_precision
+        # Inference tensors carry no version. The parameters are kept too: others could come to lie at their addresses.
+        versions = [(each.data_ptr(), None if each.is_inference() else each._version) for each in given]
+        known = self._statistics
+        if (
+            known is None
+            or any(a is not b for a, b in zip(known[0], given, strict=True))
+            or known[1] != versions
+        ):
+            known = given, versions, GateStatistics.of(*(each.float() for each in given))
+            self._statistics = None if any(each.is_inference() for each in given) else known
+        return known[2]
 
     def forward(
         self,

@@ -6,11 +6,22 @@ scatter in their own way, so each stage of a window has statistics of its own. A
 domains or of base text, so it defaults to "off" on whatever is unfamiliar.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["GATES", "gate_density", "gate_distance", "gate_open", "gate_softmax", "gate_stage", "window_mean"]
+__all__ = [
+    "GATES",
+    "GateStatistics",
+    "gate_density",
+    "gate_distance",
+    "gate_open",
+    "gate_softmax",
+    "gate_stage",
+    "window_mean",
+]
 
 GATES = ("one-class", "softmax")
 """Each delta acts where its own gate is open; or open gates share the context by the density of each."""
@@ -69,13 +80,61 @@ def gate_stage(count: Float[Tensor, "*batch"], window: int, stages: int) -> Int[
     return torch.where(count >= window, stages - 1, stage.clamp(max=max(stages - 2, 0)))
 
 
+class GateStatistics(NamedTuple):
+    """What gates know of their domains, in the form in which every token asks for it; made by `of`.
+
+    Attributes:
+        center: mean of the domain's own means at each stage, shape (N, S, H).
+        whitening: principal directions divided by their standard deviations, shape (N, S, P, H).
+        precision: of the directions outside, shape (N, S).
+        shift: the center along each principal direction, shape (N, S, P).
+        share: what a principal direction counts once the rest of it is taken off, shape (N, S, P).
+        square: squared length of the center, shape (N, S).
+        log_det: log determinant of the covariance, shape (N, S).
+    """
+
+    center: Tensor
+    whitening: Tensor
+    precision: Tensor
+    shift: Tensor
+    share: Tensor
+    square: Tensor
+    log_det: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        center: Float[Tensor, "domains stages hidden"],
+        whitening: Float[Tensor, "domains stages rank hidden"],
+        precision: Float[Tensor, "domains stages"],
+    ) -> "GateStatistics":
+        """Prepare the statistics of some domains.
+
+        Args:
+            center: mean of the domain's own means at each stage, shape (N, S, H).
+            whitening: principal directions divided by their standard deviations, shape (N, S, P, H); zero rows
+                measure nothing.
+            precision: of the directions outside, shape (N, S), >= 0; with 0 they do not count.
+
+        Returns:
+            The statistics.
+        """
+        length = whitening.square().sum(-1)
+        kept = length > 0
+        # What a principal direction measures is taken off the rest.
+        share = torch.where(kept, 1 - precision.unsqueeze(-1) / length.clamp(min=1e-30), 0.0)
+        outside = whitening.shape[-1] - kept.sum(-1)
+        log_det = -torch.where(kept, length, 1.0).log().sum(-1)
+        log_det = log_det - outside * torch.where(precision > 0, precision, 1.0).log()
+        shift = torch.einsum("nsph,nsh->nsp", whitening, center)
+        return cls(center, whitening, precision, shift, share, center.square().sum(-1), log_det)
+
+
 def gate_distance(
     mean_state: Float[Tensor, "*batch hidden"],
     count: Float[Tensor, "*batch"],
     window: int,
-    center: Float[Tensor, "domains stages hidden"],
-    whitening: Float[Tensor, "domains stages rank hidden"],
-    precision: Float[Tensor, "domains stages"],
+    statistics: GateStatistics,
 ) -> Float[Tensor, "domains *batch"]:
     """Squared distance of a mean state from each domain, by the statistics of the stage its window is in.
 
@@ -87,10 +146,7 @@ def gate_distance(
         mean_state: causal means, shape (..., H).
         count: tokens in each, shape (...), in [0, window].
         window: tokens of a full window.
-        center: mean of the domain's own means at each stage, shape (N, S, H).
-        whitening: principal directions divided by their standard deviations, shape (N, S, P, H); zero rows
-            measure nothing.
-        precision: of the directions outside, shape (N, S), >= 0; with 0 they do not count.
+        statistics: of N domains.
 
     Returns:
         Squared distances, shape (N, ...).
@@ -98,25 +154,21 @@ def gate_distance(
     Reference:
         Tipping and Bishop 1999, Probabilistic principal component analysis, eq. 5.
     """
-    flat, stage = mean_state.flatten(0, -2), gate_stage(count, window, center.shape[1]).flatten()
-    found: Tensor = flat.new_zeros(len(center), len(flat))
+    domains, stages = statistics.precision.shape
+    flat, stage = mean_state.flatten(0, -2), gate_stage(count, window, stages).flatten()
+    found: Tensor = flat.new_zeros(domains, len(flat))
     for number in stage.unique().tolist():
         rows = stage == number
-        found[:, rows] = _distance(
-            flat[rows], center[:, number], whitening[:, number], precision[:, number, None]
-        )
-    return found.reshape(len(center), *mean_state.shape[:-1])
+        here = GateStatistics(*(values[:, number] for values in statistics))
+        found[:, rows] = _distance(flat[rows], here)
+    return found.reshape(domains, *mean_state.shape[:-1])
 
 
-def _distance(mean: Tensor, center: Tensor, whitening: Tensor, precision: Tensor) -> Tensor:
-    shift = torch.einsum("nph,nh->np", whitening, center).unsqueeze(1)
-    projected = (torch.einsum("nph,th->ntp", whitening, mean) - shift).square()
-    length = whitening.square().sum(-1)
-    # What a principal direction measures is taken off the rest.
-    share = torch.where(length > 0, 1 - precision / length.clamp(min=1e-30), 0.0)
-    inside = torch.einsum("ntp,np->nt", projected, share)
-    whole = mean.square().sum(-1) - 2 * center @ mean.T + center.square().sum(-1, keepdim=True)
-    total: Tensor = inside + precision * whole.clamp(min=0)
+def _distance(mean: Tensor, at: GateStatistics) -> Tensor:
+    projected = (torch.einsum("nph,th->ntp", at.whitening, mean) - at.shift.unsqueeze(1)).square()
+    inside = (projected @ at.share.unsqueeze(-1)).squeeze(-1)
+    whole = mean.square().sum(-1) - 2 * at.center @ mean.T + at.square.unsqueeze(-1)
+    total: Tensor = inside + at.precision.unsqueeze(-1) * whole.clamp(min=0)
     return total
 
 
@@ -124,8 +176,7 @@ def gate_density(
     distance: Float[Tensor, "domains *batch"],
     count: Float[Tensor, "*batch"],
     window: int,
-    whitening: Float[Tensor, "domains stages rank hidden"],
-    precision: Float[Tensor, "domains stages"],
+    statistics: GateStatistics,
 ) -> Float[Tensor, "domains *batch"]:
     """Log density that each domain gives to a context, up to a constant: the gates' own statistics are Gaussians.
 
@@ -133,19 +184,13 @@ def gate_density(
         distance: squared distances, shape (N, ...).
         count: tokens in each window mean, shape (...).
         window: tokens of a full window.
-        whitening: see `gate_distance`.
-        precision: see `gate_distance`.
+        statistics: of N domains.
 
     Returns:
         `-(distance + log det) / 2`, shape (N, ...).
     """
-    length = whitening.square().sum(-1)
-    kept = length > 0
-    outside = whitening.shape[-1] - kept.sum(-1)
-    log_det = -torch.where(kept, length, 1.0).log().sum(-1)
-    log_det = log_det - outside * torch.where(precision > 0, precision, 1.0).log()
-    stage = gate_stage(count, window, whitening.shape[1])
-    return -(distance + log_det[:, stage]) / 2
+    stage = gate_stage(count, window, statistics.log_det.shape[1])
+    return -(distance + statistics.log_det[:, stage]) / 2
 
 
 def gate_softmax(

@@ -130,19 +130,15 @@ class Mixture(Fusion):
         earlier = None if before is None else before[..., :width].to(states)
         mean = recent_mean(states[..., :width], places, self.window, earlier)
         count = (places + 1).clamp(max=self.window).float() * mask
-        whitening, precision = self.gate_whitening.float(), self.gate_precision.float()
-        distance = gate_distance(mean, count, self.window, self.gate_center.float(), whitening, precision)
+        statistics = self.gate_statistics()
+        distance = gate_distance(mean, count, self.window, statistics)
         opened, staying = (
             gate_open(distance, count, far * self.gate_threshold.float()).movedim(0, -1).bool()
             for far in (1.0, self.rule.stay)
         )
         if not self.chooses:
             return opened, staying, opened.new_zeros(opened.shape, dtype=torch.float32)
-        return (
-            opened,
-            staying,
-            gate_density(distance, count, self.window, whitening, precision).movedim(0, -1),
-        )
+        return opened, staying, gate_density(distance, count, self.window, statistics).movedim(0, -1)
 
     def awake(self, since: Tensor, mask: Tensor) -> Tensor:
         """Tell which domains take part: those whose gate is open, or was a short while ago in the same text.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tether.causal.fused import Fusion
-from tether.causal.gates import gate_distance, gate_stage, window_mean
+from tether.causal.gates import GateStatistics, gate_distance, gate_stage, window_mean
 from tether.delta.cache import BATCH, StateCache
 from tether.delta.source import spread
 from tether.delta.stage import fit_stage
@@ -117,8 +117,8 @@ def fit_gate(
     if background is not None:
         mask = torch.ones(background.shape[:2], dtype=torch.bool)
         strange, seen, _ = window_mean(background, mask, window)
-        statistics = (values.unsqueeze(0) for values in fitted)
-        other = gate_distance(strange, seen, window, *statistics)[0].flatten()
+        statistics = GateStatistics.of(*(values.unsqueeze(0) for values in fitted))
+        other = gate_distance(strange, seen, window, statistics)[0].flatten()
         other_stage = gate_stage(seen, window, stages).flatten()
         full, taken = other[other_stage == stages - 1], 0.0
         if len(full) and stages - 1 in known:
