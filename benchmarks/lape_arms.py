@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from benchmarks.lape_merge import BASELINES
+from tether.merge.fisher import INPUTS
 from tether.merge.recipe import Model, Recipe, Refine
 from tether.merge.tefm.switches import PRESETS
 
@@ -87,7 +88,7 @@ def rivals(plain: Recipe, base: str, head: str) -> dict[str, list[Recipe]]:
         head: what the regression mean's matrix of the head's inputs is for.
 
     Returns:
-        Name to recipes; the average and the regression mean have one.
+        Name to recipes; the average, the regression mean and the Fisher means have one.
     """
     seen = {name: model.settings["observed"] for name, model in plain.models.items()}
     grams = {name: Model(path=model.path, grams=seen[name]) for name, model in plain.models.items()}
@@ -95,9 +96,13 @@ def rivals(plain: Recipe, base: str, head: str) -> dict[str, list[Recipe]]:
     common = {"refine": None, "base": None}
     linear = {"operator": "linear", "models": bare, "options": {}}
     regression = {"operator": "regression_mean", "models": grams, "options": {"head": head}}
+    fisher = {"operator": "fisher_mean"}
     found = {
         "average": [plain.model_copy(update=common | linear)],
         "regression mean": [plain.model_copy(update=common | regression)],
+    } | {
+        f"Fisher mean, {inputs}": [plain.model_copy(update=common | fisher | {"options": {"inputs": inputs}})]
+        for inputs in INPUTS
     }
     for name in ("task arithmetic", "TIES"):
         found[name] = [

@@ -240,8 +240,10 @@ def test_linear_is_as_near_to_the_mean_as_it_says(tmp_path, count, normalize):
     assert (np.abs(found - np.sum(parts, 0) / total) <= bound).all()
 
 
-# The other two need what was observed of the models.
-@pytest.mark.parametrize("operator", sorted(OPERATORS.keys() - {"regression_mean", "lape_tefm"}))
+# The others need what was observed of the models.
+@pytest.mark.parametrize(
+    "operator", sorted(OPERATORS.keys() - {"regression_mean", "fisher_mean", "lape_tefm"})
+)
 def test_merging_a_model_with_itself_gives_it_back(tmp_path, operator):
     values = {"w": wave(3), "scalar": np.array(0.7, np.float32), "empty": np.zeros((0, 3), np.float32)}
     tensors = {"base": values, "a": values, "b": values}

@@ -28,5 +28,6 @@ def test_every_operator_but_the_plainest_has_a_recipe():
         "ties/mergekit",
         "dare_ties",
         "regression_mean",
+        "fisher_mean",
         "lape_tefm",
     }
