@@ -1,5 +1,6 @@
 """Arms of the LAPE-TEFM trial: both forms, every switch turned alone, what is found on the merged model, the rivals."""
 
+import os
 from typing import Any, NamedTuple
 
 from benchmarks.lape_merge import BASELINES
@@ -7,7 +8,7 @@ from tether.merge.fisher import INPUTS
 from tether.merge.recipe import Model, Recipe, Refine
 from tether.merge.tefm.switches import PRESETS
 
-__all__ = ["Arm", "arms", "rivals"]
+__all__ = ["Arm", "arms", "rivals", "seeds"]
 
 SEARCH = (0.25, 0.5, 0.75, 1.0)
 FURTHER = {
@@ -21,6 +22,18 @@ FURTHER = {
     },
 }
 """Values of switches beside those of the other form."""
+
+
+def seeds(*, fast: bool) -> list[int]:
+    """Give the seeds that are run: those of `TETHER_SEEDS`, else all three.
+
+    Args:
+        fast: the first alone.
+
+    Returns:
+        The seeds; all switches are turned on the first.
+    """
+    return [int(each) for each in os.environ.get("TETHER_SEEDS", "0" if fast else "0 1 2").split()]
 
 
 class Arm(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import lape_vision
 from benchmarks.finetune import BASE, SPLITS, FineTune, fine_tuned, losses, windows
-from benchmarks.lape_arms import arms, rivals
+from benchmarks.lape_arms import arms, rivals, seeds
 from benchmarks.lape_curvature import curvature_rows, linear_weights
 from benchmarks.lape_table import Kept
 from tether.causal.loading import cache_folder, load_backbone, resolve
@@ -74,7 +74,7 @@ def text_rows(*, fast: bool) -> list[Row]:
     Returns:
         Rows: mean NLL of both domains against the best tuned rival of each seed, traces, gaps.
     """
-    trials = [_Trial(seed, fast).run() for seed in ((0,) if fast else (0, 1, 2))]
+    trials = [_Trial(seed, fast).run() for seed in seeds(fast=fast)]
     found = []
     for name in dict.fromkeys(name for trial in trials for name in trial["merges"]):
         here = [trial for trial in trials if name in trial["merges"]]

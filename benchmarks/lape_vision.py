@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.lape_arms import arms, rivals
+from benchmarks.lape_arms import arms, rivals, seeds
 from benchmarks.lape_curvature import curvature_rows, linear_weights
 from benchmarks.lape_scenes import Scenes, answer_loss
 from benchmarks.lape_table import Kept
@@ -45,7 +45,7 @@ def rows(*, fast: bool) -> list[Row]:
     Returns:
         Rows: accuracy over own tasks against the best tuned rival of each seed, traces, gaps.
     """
-    trials = [_kept(seed, fast) for seed in ((0,) if fast else (0, 1, 2))]
+    trials = [_kept(seed, fast) for seed in seeds(fast=fast)]
     found = []
     for name in dict.fromkeys(name for trial in trials for name in trial["merges"]):
         here = [trial for trial in trials if name in trial["merges"]]
