@@ -57,6 +57,8 @@ def rows(*, fast: bool) -> Iterator[Row]:
         for text in BASE_TEXTS:
             gated, evidence = (rate(cells[text][f"{ARM}, {by}"], "kl") for by in ("gated", "evidence"))
             yield _row("three leashed adapters, by evidence", f"KL {text}", evidence, gated)
+            fused, plain = (rate(cells[text][arm], "nll") for arm in (f"{ARM}, evidence", "base"))
+            yield _row("three leashed adapters, by evidence; baseline: base", f"NLL {text}", fused, plain)
 
 
 def _row(case: str, metric: str, ours: float, baseline: float | None) -> Row:
