@@ -166,7 +166,7 @@ class _Lab:
             for batch in source.batches(size, generator):
                 at = source.take(batch)
                 optimizer.zero_grad()
-                loss(at.loc + module(at.states), source.targets[batch], generator).backward()
+                loss(at.loc + module(at.states), source.next_tokens(batch), generator).backward()
                 optimizer.step()
                 schedule.step()
         return module.requires_grad_(False)

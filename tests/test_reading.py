@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 
 from tether import files
-from tether.causal.pairs import holds_pairs, read_pairs
 from tether.errors import CheckpointError, ConfigError
 from tether.files import is_plain
 from tether.merge import probes
@@ -149,14 +148,13 @@ def test_what_json_cannot_hold_becomes_null():
     assert finite(content) == {"a": [1, None], "b": {"c": None}, "d": "x"}
 
 
-@pytest.mark.parametrize("read", [read_documents, read_pairs, read_probes], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", [read_documents, read_probes], ids=lambda read: read.__name__)
 def test_a_line_without_an_end_fills_no_memory(read, tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as stream:
         stream.truncate(2**33)  # takes no place on the disk, and would take 8 GB of memory
     for module in (files, probes):
         monkeypatch.setattr(module, "LINE_BYTES", 2**20)
-    assert not holds_pairs(path)
     before = time.process_time()
     with pytest.raises(ConfigError, match=r"(longer|larger) than 1,048,576 bytes"):
         read(path)

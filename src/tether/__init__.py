@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from tether.delta.export import export_plain
     from tether.delta.fusion import fuse
     from tether.delta.learning import learn_delta
+    from tether.delta.leashed_trainer import LeashedTrainer
+    from tether.delta.leashing import leash_adapter
+    from tether.delta.trainer_leash import TrainerLeash
     from tether.delta.verification import verify
 
 _NAMES = {
@@ -34,13 +37,16 @@ _NAMES = {
     "CausalQwenForCausalLM": "tether.causal.modeling",
     "Certificate": "tether.delta.certificate",
     "Delta": "tether.delta.delta",
+    "LeashedTrainer": "tether.delta.leashed_trainer",
     "Noise": "tether.causal.noise",
     "NumericTokenizer": "tether.causal.numbers",
+    "TrainerLeash": "tether.delta.trainer_leash",
     "certify": "tether.delta.certificate",
     "export_plain": "tether.delta.export",
     "fuse": "tether.delta.fusion",
     "learn_adapter": "tether.delta.adapter_learning",
     "learn_delta": "tether.delta.learning",
+    "leash_adapter": "tether.delta.leashing",
     "load": "tether.causal.loading",
     "load_backbone": "tether.causal.loading",
     "save_checkpoint": "tether.causal.checkpoint",
@@ -55,8 +61,10 @@ __all__ = [
     "CausalQwenForCausalLM",
     "Certificate",
     "Delta",
+    "LeashedTrainer",
     "Noise",
     "NumericTokenizer",
+    "TrainerLeash",
     "__version__",
     "cauchy",
     "certify",
@@ -64,6 +72,7 @@ __all__ = [
     "fuse",
     "learn_adapter",
     "learn_delta",
+    "leash_adapter",
     "load",
     "load_backbone",
     "merge",

@@ -8,11 +8,16 @@ import torch
 from torch.testing import assert_close
 
 import tiny
+from tether.causal import encoded
+from tether.causal.apart import check_apart
 from tether.causal.dataset import count_labels, make_examples, shuffled
 from tether.causal.losses import IGNORE
+from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
-from tether.causal.pairs import Pair, holds_pairs, read_pairs
+from tether.causal.pairs import Pair
 from tether.errors import ConfigError
+from tether.store.documents import documents_of, read_documents
+from tether.store.marked import Controlled
 
 EOS, PAD = 256, 257
 
@@ -54,6 +59,54 @@ def test_packed_windows_are_full_and_no_document_starts_as_a_label(plain):
     unlearnt = {place for place, label in enumerate(examples.labels.tolist()) if label == IGNORE}
     assert unlearnt == {0, 4, 5, 10}
     assert (examples.labels[[3, 9]] == torch.tensor([EOS, EOS])).all()
+
+
+def test_documents_of_a_packed_window_do_not_see_each_other(plain):
+    texts = ["abc", "defgh", "i", "jklmnopqrs", "tu"]
+    examples = make_examples(texts, plain, window=7, packed=True)
+    batch = examples.collate(range(examples.windows))
+    assert batch["position_ids"].tolist()[:3] == [
+        [0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6],
+    ]  # fmt: skip
+    assert "attention_mask" not in batch
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    with torch.no_grad():
+        packed = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
+        alone = model(input_ids=torch.tensor([[*ids("abc", plain), EOS]])).logits
+        assert_close(packed[0, :4], alone[0])
+        second = model(input_ids=torch.tensor([ids("def", plain)])).logits
+        assert_close(packed[0, 4:7], second[0])
+        seen = model(input_ids=batch["input_ids"]).logits
+    assert float((packed[0, 4:7] - seen[0, 4:7]).abs().max()) > 0.01
+
+
+def test_a_backbone_that_takes_documents_for_one_text_is_refused(monkeypatch):
+    model = CausalQwenForCausalLM.from_backbone(tiny.backbone())
+    check_apart(model)
+    run = model.backbone.forward
+    monkeypatch.setattr(
+        model.backbone, "forward", lambda *given, position_ids=None, **named: run(*given, **named)
+    )
+    with pytest.raises(ConfigError, match="would see each other"):
+        check_apart(model)
+
+
+def test_a_packed_window_without_anything_to_learn_is_left_out():
+    talking = tiny.tokenizer()
+    talking.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    turns = [{"role": "user", "content": "p" * 12}, {"role": "assistant", "content": "yes"}]
+    documents = documents_of(
+        [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": "no"}]}]
+    )
+    # Tokens 0 to 14, then 15 to 28, in windows of four: those at 0, 4, 8, 16 and 20 hold prompts alone, and nothing
+    # predicts the last token in its own.
+    examples = make_examples(documents, talking, window=4, packed=True)
+    batch = examples.collate(range(examples.windows))
+    whole = [*ids("yes", talking), *ids("p", talking), *ids("ppp", talking), *ids("n", talking)]
+    assert batch["input_ids"].flatten().tolist() == whole
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
 
 
 def test_only_the_completion_is_learnt_and_a_long_prompt_loses_its_start(plain):
@@ -101,36 +154,35 @@ def test_the_fingerprint_tells_texts_and_labels_apart(plain):
     assert make_examples(["abcd"], plain, window=9).fingerprint() in prints
 
 
-def test_pairs_are_read_from_json_lines(tmp_path):
+def test_pairs_of_a_file_are_learnt_as_pairs(plain, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "q ", "completion": "ä"}) + "\n\n")
-    assert holds_pairs(path)
-    assert read_pairs(path) == [Pair("q ", "ä")]
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert holds_pairs(path)
-    assert read_pairs(path) == [Pair("q ", "ä")]
-    path.write_text(json.dumps({"text": "a"}))
-    assert not holds_pairs(path)
-    assert not holds_pairs(tmp_path / "absent.jsonl")
-    path.write_text("[]\n")
-    assert not holds_pairs(path)
+    path.write_text(json.dumps({"prompt": "quite long ", "completion": "ä"}) + "\n\n")
+    for window in (4, 9, 256):
+        read = make_examples(read_documents(path), plain, window=window)
+        assert (
+            read.fingerprint()
+            == make_examples([Pair("quite long ", "ä")], plain, window=window).fingerprint()
+        )
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2"),
-        ('{"prompt": "a", "completion": " "}', "completion is empty"),
-        ('{"prompt": 1, "completion": "b"}', "line 1"),
-        ('{"prompt": "a", "completion": "\\ud83d"}', "line 1"),
-        ("", "no text"),
-    ],
-)
-def test_bad_pairs_are_named_by_line(tmp_path, lines, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(lines)
-    with pytest.raises(ConfigError, match=message):
-        read_pairs(path)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_on_disk_is_learnt_as_its_documents_are(plain, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(encoded, "PIECE", 1500)
+    path = tmp_path / "plain.txt"
+    path.write_text("\n".join(tiny.documents("words", 60)))
+    given = [path.read_text()]
+    for window in (7, 64):
+        read = make_examples(read_documents(path), plain, window=window, packed=packed)
+        assert read.fingerprint() == make_examples(given, plain, window=window, packed=packed).fingerprint()
+
+
+def test_control_tokens_in_a_text_are_letters_unless_asked_for(plain):
+    letters = plain("a<eos>b", split_special_tokens=True)["input_ids"]
+    assert EOS not in letters
+    assert make_examples(["a<eos>b"], plain).input_ids.tolist() == letters
+    assert make_examples([Controlled("a<eos>b")], plain).input_ids.tolist() == [letters[0], EOS, letters[-1]]
+    pair = make_examples([Pair("<eos>", "<eos>b")], plain)
+    assert pair.input_ids.tolist() == [*letters[1:-1], *letters[1:], EOS]
 
 
 def test_bad_arguments(plain):
@@ -144,5 +196,3 @@ def test_bad_arguments(plain):
     endless.eos_token = None
     with pytest.raises(ConfigError, match="no end token"):
         make_examples(["abc"], endless, packed=True)
-    with pytest.raises(ConfigError, match=r"absent\.jsonl does not exist"):
-        read_pairs("absent.jsonl")

@@ -293,7 +293,6 @@ def test_tokens_added_later_are_known(numeric):
         {"is_split_into_words": True},
         {"return_offsets_mapping": True},
         {"return_overflowing_tokens": True},
-        {"split_special_tokens": True},
     ],
 )
 def test_what_would_lose_numbers_is_refused(numeric, options):

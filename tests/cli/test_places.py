@@ -6,6 +6,7 @@ from typing import get_type_hints
 import pytest
 from typer.models import OptionInfo
 
+from said import complaints
 from tether.cli.app import app
 
 TEXTS = ["--text", "words.txt"]
@@ -22,6 +23,19 @@ WRITTEN = {
     "export --out": ["export", "absent", "--out"],
     "generate --noise": ["generate", "absent", "a", "--mode", "causal", "--noise"],
     "train --out": ["train", "absent", *TEXTS, "--out"],
+    "leash --out": ["leash", "absent", "--base", "absent", *BASE_TEXT, "--budget", "0.1", "--out"],
+    "leash --cache": [
+        "leash",
+        "absent",
+        "--base",
+        "absent",
+        *BASE_TEXT,
+        "--budget",
+        "0.1",
+        "--out",
+        "a",
+        "--cache",
+    ],
     "theory experiments --figures": ["theory", "experiments", "--figures"],
     "theory enclose --state": ["theory", "enclose", "any", "--state"],
     "merge align --out": ["merge", "align", "absent", "absent", *TEXTS, "--out"],
@@ -65,5 +79,5 @@ def test_a_place_that_nothing_can_be_written_to_is_refused_first(folder, tether,
     code, out, err = tether(*WRITTEN[name], Path(place))
     assert (code, out) == (2, "")
     assert "is not a folder; choose another" in err or "at most 230 bytes" in err, err
-    assert err.count("tether:") == 1
+    assert complaints(err) == 1
     assert {path.name for path in folder.iterdir()} == {"words.txt", "probes.jsonl", "recipe.yaml"}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import tiny
+from said import complaints
 from tether.store.documents import write_documents
 
 
@@ -103,7 +104,7 @@ def test_bad_input_is_one_message_before_the_model_is_loaded(work, tether, monke
     code, out, err = tether(*given, "--out", "result", *arguments)
     assert (code, out) == (2, "")
     assert message in err
-    assert err.count("tether:") == 1
+    assert complaints(err) == 1
     assert "Traceback" not in err
     assert sorted(work.rglob("*")) == before
 

@@ -122,14 +122,14 @@ def test_budgets_in_the_other_metrics(model, caches, metric, value):
 
 
 def test_it_fails_closed_where_no_factor_is_found(model, caches, monkeypatch):
-    from tether.delta import adapter_learning
+    from tether.delta import adapter_probe
 
     def jumpy(metric, model, before, after, fisher=None):
         # Any move at all is too much.
         moved = (before != after).any()
         return torch.full((len(before),), 9.0 if moved else 0.0)
 
-    monkeypatch.setattr(adapter_learning, "adapter_drift", jumpy)
+    monkeypatch.setattr(adapter_probe, "adapter_drift", jumpy)
     learnt = fit(model, caches, epochs=1)
     assert learnt.record["factor"] == 0.0
     assert all(not values.any() for name, values in learnt.tensors.items() if "lora_B" in name)

@@ -587,11 +587,16 @@ def test_what_evidence_does_not_take(model, adapters, monkeypatch):
         serve(model, {adapters[0]: 1.0})
 
 
-def test_adapters_that_are_more_than_lora_are_refused(model):
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`"
+)  # by PEFT, of adapters on embeddings
+@pytest.mark.parametrize("fields", [{"target_modules": {"embed_tokens"}}, {"alora_invocation_tokens": [3]}])
+def test_adapters_that_are_more_than_lora_on_linear_layers_are_refused(model, fields):
     config = lora_config(4, 8)
-    config.use_dora = True
+    for name, value in fields.items():
+        setattr(config, name, value)
     attached = Attached(model, "a", config)
-    with pytest.raises(ConfigError, match="plain LoRA"):
+    with pytest.raises(ConfigError, match="only LoRA and DoRA on linear layers"):
         Passes(attached, ["a"], model.numeric)
 
 

@@ -177,7 +177,7 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path, row, said):
 def test_all_lines_are_of_the_first_ones_kind(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"text": "a"}), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r'line 2: expected "messages".*as in the first line'):
+    with pytest.raises(ConfigError, match=r'line 2: expected "messages".*as in the first row'):
         read_documents(path)
 
 

@@ -157,7 +157,8 @@ def test_a_fit_from_parts_is_the_fit_from_one_file(model, caches, tmp_path, monk
     # A window's states depend in their last bits on what it was batched with.
     assert_close(whole.second, pieces.second, rtol=1e-3, atol=1e-3)
 
-    monkeypatch.setattr("tether.delta.source.KEPT_BYTES", 0)
+    for limit in ("KEPT_BYTES", "MIXED_BYTES"):
+        monkeypatch.setattr(f"tether.delta.source.{limit}", 0)
     streamed = Source(model, parts)
     assert streamed.kept is None
     order = torch.cat(list(streamed.batches(64, torch.Generator().manual_seed(0))))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import foreign_adapters
 import tiny
 from tether.causal.calibration import calibrate
 from tether.causal.checkpoint import save_checkpoint
@@ -33,6 +34,7 @@ from tether.delta.certificate import certify
 from tether.delta.fisher import align_latent, fisher_axes
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
+from tether.delta.leashing import leash_adapter
 from tether.delta.ledger import keep_ledger
 from tether.delta.measure import Variant, measure
 from tether.delta.output_head import output_head
@@ -178,6 +180,29 @@ def served_adapter():
     return found_again
 
 
+def leashed():
+    """Adapters that PEFT made, and a model that was fine-tuned whole."""
+    found = {}
+    for kind in ("DoRA", "PiSSA", "rsLoRA"):
+        folder = foreign_adapters.write(foreign_adapters.TAKEN[kind], FOLDER / f"theirs-{kind}", base="llama")
+        if kind == "rsLoRA":
+            folder = FOLDER / "tuned"
+            for part in (foreign_adapters.merged(FOLDER / "theirs-rsLoRA", "llama"), tiny.tokenizer()):
+                part.save_pretrained(folder)
+        made = leash_adapter(
+            model(), tiny.tokenizer(), folder, base_texts=WORDS, texts=DIGITS, budget=0.02, name="theirs", window=64,
+            rank=4,
+        )  # fmt: skip
+        record = made.record
+        served = serve(model(), {made: 1.0}, by="evidence")
+        (account_,) = account([served], window_text(DIGITS[:4], tiny.tokenizer(), length=64))
+        found[kind] = {
+            "factor": record["factor"], "drift": record["drift_base"], "softmax_kl": record["softmax_kl"],
+            "nll": [record["held_out"][f"nll_{when}"] for when in ("before", "after")], "served": mean(account_.nll),
+        }  # fmt: skip
+    return found
+
+
 @cache
 def numeric():
     made = CausalQwenForCausalLM.from_backbone(tiny.backbone()).to(DEVICE)
@@ -296,6 +321,7 @@ FLOWS = {
     "align the latent": aligned,
     "calibrate": calibrated,
     "serve an adapter": served_adapter,
+    "leash adapters made elsewhere": leashed,
     "numbers": with_numbers,
     "other budgets and charts": budgets,
     "other modes": other_modes,

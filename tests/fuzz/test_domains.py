@@ -1,5 +1,6 @@
 """What carries a domain, and what certifies it: deltas, adapters, fusions, noise, certificates, keys."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import foreign_adapters
 import tiny
 from fuzzing import Reader, cases, devices, refuse_devices, survive, within
 from tether.causal.checkpoint import save_checkpoint
@@ -19,6 +21,7 @@ from tether.causal.noise import Noise
 from tether.delta.adapter import Adapter, Attached, is_adapter, lora_config
 from tether.delta.certificate import certify, read
 from tether.delta.delta import Delta
+from tether.delta.foreign import amounts_to, open_foreign
 from tether.delta.fusion import fuse
 from tether.delta.gate import Gate
 from tether.delta.low_rank import Factors
@@ -40,6 +43,15 @@ def _adapter(folder):
         Adapter.load(folder).save(folder.parent / "again")
     else:
         Adapter.load(folder)
+
+
+@functools.cache
+def _base():
+    return CausalQwenForCausalLM.from_backbone(tiny.backbone())
+
+
+def _foreign(folder):
+    amounts_to(open_foreign(folder), _base())
 
 
 def _certificate(folder):
@@ -68,6 +80,9 @@ READERS = {
         },
         0.5,
     ),
+    "adapter made elsewhere": Reader(
+        _foreign, {"adapter_config.json": "json", "adapter_model.safetensors": "safetensors"}, 0.5
+    ),
     "certificate": Reader(_certificate, {"cert.json": "json"}, 0.3),
     "fusion": Reader(lambda folder: check_description(read_json(folder / "fusion")), {"fusion": "json"}, 0.5),
     "keys": Reader(_keys, {"key": "text", "key.pub": "text", "id": "text", "id.pub": "text"}, 0.5),
@@ -93,7 +108,7 @@ def whole(tmp_path_factory):
         name="law", chart="symmetric", first=drawn(32, 32), second=drawn(32, 32), gate=gate,
         base=model.config.base_fingerprint, record=record, sample=("One text.", "Another: café."),
     )  # fmt: skip
-    for name in READERS.keys() - {"adapter"}:
+    for name in READERS.keys() - {"adapter", "adapter made elsewhere"}:
         folders[name].mkdir()
     delta.save(folders["delta"] / "a.delta")
     factors = {name: Factors(drawn(32, 2), drawn(2, 32)) for name in ("first", "second")}
@@ -106,6 +121,9 @@ def whole(tmp_path_factory):
         tensors={key: value.detach().clone() for key, value in attached.weights("law").items()}, gate=gate,
         base=model.config.base_fingerprint, record={"budget": 0.1, "metric": "softmax"}, sample=("One text.",),
     ).save(folders["adapter"], inputs={"domain": "0" * 64})  # fmt: skip
+    foreign_adapters.write(
+        foreign_adapters.TAKEN["patterns"], folders["adapter made elsewhere"], base="llama"
+    )
     by_evidence = fuse(model, {delta: 1.0})
     (folders["fusion"] / "fusion").write_text(json.dumps(by_evidence.config.fusion))
     _write_keys(folders["keys"])

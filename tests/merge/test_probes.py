@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -76,13 +77,21 @@ def test_probes_that_are_not_utf8(tmp_path):
         read_probes(tmp_path / "probes.jsonl")
 
 
-def test_missing_files_and_arrow_folders(tmp_path):
+def test_tables_and_saved_data_sets_are_probes_of_text(tmp_path):
+    rows = [{"text": "Go on", "n": 1}, {"text": "And then?", "n": 2}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        assert read_probes(tmp_path / name) == [Probe(text="Go on"), Probe(text="And then?")]
+    datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}]).to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(ConfigError, match="expected probes with a field 'text'"):
+        read_probes(tmp_path / "pairs.parquet")
+
+
+def test_missing_files_and_other_folders(tmp_path):
     with pytest.raises(ConfigError, match="no such probe file"):
         read_probes(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match=r"write metadata\.jsonl"):
-        read_probes(tmp_path)
-    (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"Dataset\.to_json"):
+    with pytest.raises(ConfigError, match=r"expected metadata\.jsonl in the folder"):
         read_probes(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="no probes in it"):

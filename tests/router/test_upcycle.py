@@ -3,9 +3,17 @@ import json
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import tiny
+from tether.causal.loading import resolve
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
 from tether.router import RouterFit, RoutingShaper, train_routers, upcycle
@@ -207,3 +215,19 @@ def test_a_mixed_attention_and_weights_that_are_not_finite_are_refused(folders, 
     with pytest.raises(CheckpointError, match="entries that are not finite"):
         upcycle(folders / "qwen3-0", [tmp_path / "nan"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_embedded_base_as_a_mixture_of_its_own_copies_is_the_base(tmp_path):
+    base = resolve("smollm2-135m")
+    out = upcycle(base, [base] * 3, tmp_path / "moe")
+    dense, mixture = load(base), load(out)
+    assert mixture.config.num_local_experts == 4
+    text = AutoTokenizer.from_pretrained(out)("The railway was built in 1872 by two engineers of the city.")
+    ids = torch.tensor([text["input_ids"]])
+    with RoutingShaper(mixture, form="none") as shaper, torch.no_grad():
+        assert_close(mixture(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=0, atol=1e-3)
+        report = shaper.report()
+    # The routers do choose: these are 30 layers in which more than two of four experts are used.
+    assert len(report["layers"]) == 30
+    assert report["mean"]["effective_experts"] > 2.5

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from tether.errors import ConfigError
-from tether.store import opened
+from tether.store import plain
 from tether.store.documents import (
     beginning,
     cut_documents,
@@ -44,7 +44,7 @@ def test_documents_come_back_from_disk(tmp_path):
     ],
 )
 def test_unusable_text_is_named(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.setattr(opened, "BLOCK", 4)
+    monkeypatch.setattr(plain, "BLOCK", 4)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
@@ -75,7 +75,7 @@ CONTENTS = {
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_plain_file_is_hashed_and_cut_as_its_content_is(tmp_path, monkeypatch, content, mark, block):
-    monkeypatch.setattr(opened, "BLOCK", block)
+    monkeypatch.setattr(plain, "BLOCK", block)
     data = (mark + content).encode()
     (tmp_path / "text.txt").write_bytes(data)
     text = read_documents(tmp_path / "text.txt")

@@ -1,17 +1,20 @@
 """Documents -> tokens, numbers and labels in windows -> batches padded on the right."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tether.causal.encoded import encode, encode_blocks
 from tether.causal.losses import IGNORE
 from tether.causal.numbers import NumericTokenizer
-from tether.causal.pairs import Document
+from tether.causal.pairs import Document, Pair
 from tether.errors import ConfigError
-from tether.store.marked import Marked
+from tether.store.marked import Marked, document_of
+from tether.store.opened import Text
 
 __all__ = ["Examples", "count_labels", "make_examples", "shuffled"]
 
@@ -26,6 +29,7 @@ class Examples(NamedTuple):
             window is never learnt: nothing predicts it.
         starts: offset of each window, and n at the end, shape (W + 1,), int64.
         padding: id that stands for no token.
+        begins: offset of each document's first token, ascending, int64, where windows may hold several; else None.
     """
 
     input_ids: Tensor
@@ -33,6 +37,7 @@ class Examples(NamedTuple):
     labels: Tensor
     starts: Tensor
     padding: int
+    begins: Tensor | None = None
 
     @property
     def windows(self) -> int:
@@ -47,7 +52,8 @@ class Examples(NamedTuple):
 
         Returns:
             `input_ids`, `attention_mask`, `labels` and, with numbers, `numeric_values`, shape (B, T) each:
-            what `model(**batch)` takes.
+            what `model(**batch)` takes. Where windows may hold several documents, `position_ids` that begin again with
+            each in place of the mask: attention then stays inside a document, as transformers reads such positions.
         """
         chosen = torch.tensor(rows)
         lengths = self.starts.diff()[chosen]
@@ -61,6 +67,15 @@ class Examples(NamedTuple):
         }
         if self.numeric_values is not None:
             batch["numeric_values"] = torch.where(mask, self.numeric_values[index], 0.0)
+        if self.begins is not None:
+            del batch["attention_mask"]
+            first = self.starts[chosen].unsqueeze(-1)
+            place = first + time
+            # A window may begin within a document: -1 stands for one that begins before all windows.
+            known = torch.cat([torch.tensor([-1]), self.begins])
+            batch["position_ids"] = place - torch.maximum(
+                known[torch.searchsorted(self.begins, place, right=True)], first
+            )
         return batch
 
     def fingerprint(self) -> str:
@@ -70,7 +85,7 @@ class Examples(NamedTuple):
             `sha256:` and 64 hexadecimal digits.
         """
         digest = hashlib.sha256()
-        for tensor in (self.input_ids, self.numeric_values, self.labels, self.starts):
+        for tensor in (self.input_ids, self.numeric_values, self.labels, self.starts, self.begins):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {len(tensor)}\n".encode() + tensor.numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
@@ -88,7 +103,7 @@ def make_examples(
 
     A window lies inside one document; where a document is longer, windows follow each other without
     overlap. Packed, documents are laid end to end, each closed by the end token, and every window but the
-    last is full; attention then sees the documents before, but no document's first token is learnt.
+    last is full; the documents of a window do not see each other, and no document's first token is learnt.
 
     Prompt and completion are tokenised apart, so that generation from the prompt meets what was learnt; the
     completion is closed by the end token where the tokenizer has one. A pair that is longer than a window
@@ -110,7 +125,7 @@ def make_examples(
 
     Example:
         >>> class Letters:
-        ...     pad_token_id, eos_token_id = 0, 1
+        ...     pad_token_id, eos_token_id, eos_token = 0, 1, chr(1)
         ...     def __call__(self, text, **options):
         ...         return {"input_ids": [ord(letter) for letter in text]}
         >>> from tether.causal.pairs import Pair
@@ -126,31 +141,45 @@ def make_examples(
         )
     if packed and tokenizer.eos_token_id is None:
         raise ConfigError("packed: the tokenizer has no end token to part documents with; leave it out")
-    pieces: list[_Piece] = []
-    total = 0
-    for document in documents:
-        piece = _encode(document, tokenizer, window, packed)
-        pieces.append(piece)
-        total += len(piece.input_ids)
+    # Compact arrays: a Python list of ids would take ten times their room.
+    flat = _Flat(array("i"), array("d"), array("i"), array("i"), array("q"))
+    begins, total, rest = array("q"), 0, _Piece([], [], [])
+    for number in range(len(documents)):
+        begins.append(total)
+        for piece in _pieces(documents, number, tokenizer, window, packed):
+            total += len(piece.input_ids)
+            rest = rest.join(piece)
+            rest = flat.take(rest, len(rest.input_ids) // window * window, window, total)
+        if not packed:
+            rest = flat.take(rest, len(rest.input_ids), window, total)
         if tokens is not None and total >= tokens:
             break
-    if packed:
-        pieces = [_Piece(*([each for part in parts for each in part] for parts in zip(*pieces, strict=True)))]
-    cuts = [cut for piece in pieces for cut in piece.cut(window)]
-    if not cuts:
+    flat.take(rest, len(rest.input_ids), window, total)
+    if not flat.lengths:
         raise ConfigError(
             f"{len(documents)} documents of {total} tokens leave nothing to learn: expected at least one of two tokens"
         )
-    lengths = torch.tensor([len(cut.input_ids) for cut in cuts])
-    flat = [torch.tensor([each for cut in cuts for each in cut[part]]) for part in (0, 2)]
-    values = torch.tensor([each for cut in cuts for each in cut.values], dtype=torch.float64)
+    sizes = torch.frombuffer(flat.lengths, dtype=torch.int32).long()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     return Examples(
-        flat[0],
-        values if isinstance(tokenizer, NumericTokenizer) else None,
-        flat[1],
-        torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        torch.frombuffer(flat.input_ids, dtype=torch.int32).long(),
+        torch.frombuffer(flat.values, dtype=torch.float64)
+        if isinstance(tokenizer, NumericTokenizer)
+        else None,
+        torch.frombuffer(flat.labels, dtype=torch.int32).long(),
+        starts,
         tokenizer.pad_token_id or 0,
+        _within(begins, flat.places, starts) if packed else None,
     )
+
+
+# Where documents begin, among the windows that were kept.
+def _within(begins: "array[int]", places: "array[int]", starts: Tensor) -> Tensor:
+    begin, place = (torch.frombuffer(each, dtype=torch.int64) for each in (begins, places))
+    row = torch.searchsorted(place, begin, right=True) - 1
+    inside = begin - place[row]
+    here = (row >= 0) & (inside < starts.diff()[row])
+    return (starts[row] + inside)[here]
 
 
 def shuffled(count: int, seed: int, start: int, stop: int) -> list[int]:
@@ -193,55 +222,74 @@ def count_labels(labels: Tensor, number: int | None) -> tuple[int, int]:
 
 
 class _Piece(NamedTuple):
-    """Tokens in a row: ids, numbers, labels."""
+    """Tokens in a row: ids, numbers (none without a tokenizer that reads them), labels."""
 
     input_ids: list[int]
     values: list[float]
     labels: list[int]
 
-    def cut(self, window: int) -> "list[_Piece]":
-        cuts = []
-        for start in range(0, len(self.input_ids), window):
-            ids, values, labels = (part[start : start + window] for part in self)
+    def cut(self, begin: int, end: int | None = None) -> "_Piece":
+        return _Piece(self.input_ids[begin:end], self.values[begin:end], self.labels[begin:end])
+
+    def join(self, other: "_Piece") -> "_Piece":
+        return _Piece(
+            self.input_ids + other.input_ids, self.values + other.values, self.labels + other.labels
+        )
+
+
+class _Flat(NamedTuple):
+    """All windows so far, end to end."""
+
+    input_ids: "array[int]"
+    values: "array[float]"
+    labels: "array[int]"
+    lengths: "array[int]"
+    places: "array[int]"  # of each window among all tokens, also those that are not learnt
+
+    # Cut the first tokens of a piece into windows, keep those in which something is learnt, and give the rest back.
+    def take(self, piece: _Piece, end: int, window: int, total: int) -> _Piece:
+        first = total - len(piece.input_ids)
+        for begin in range(0, end, window):
+            ids, values, labels = piece.cut(begin, min(begin + window, end))
             labels = [IGNORE, *labels[1:]]
             if any(label != IGNORE for label in labels):
-                cuts.append(_Piece(ids, values, labels))  # type: ignore[arg-type]
-        return cuts
+                self.input_ids.extend(ids)
+                self.values.extend(values)
+                self.labels.extend(labels)
+                self.lengths.append(len(ids))
+                self.places.append(first + begin)
+        return piece.cut(end)
 
 
-def _encode(document: Document, tokenizer: Any, window: int, packed: bool) -> _Piece:
-    def tokens(text: str, **options: Any) -> tuple[list[int], list[float]]:
-        if isinstance(tokenizer, NumericTokenizer):
-            encoded = tokenizer(text, **options)
-            return encoded["input_ids"], encoded["numeric_values"]
-        ids = tokenizer(text, truncation=False, verbose=False, **options)["input_ids"]
-        return ids, [0.0] * len(ids)
+# A document's tokens some at a time. Its first one is never learnt: nothing before it says what it is.
+def _pieces(
+    documents: Sequence[Document], number: int, tokenizer: Any, window: int, packed: bool
+) -> Iterator[_Piece]:
+    end = tokenizer.eos_token_id if packed else None
+    if isinstance(documents, Text) and documents.kind == "text":
+        last: list[int] = []
+        for part in encode_blocks(tokenizer, documents.blocks(number), control=documents.seen.control):
+            yield _Piece(part.ids, part.values, part.ids if last else [IGNORE, *part.ids[1:]])
+            last = part.ids[-1:] or last
+        if end is not None and last != [end]:
+            yield _closing(tokenizer, end)
+        return
+    document = documents[number]
+    if isinstance(document, Pair):
+        document = document_of(document._asdict(), "prompt")
+    encoded = encode(tokenizer, document)
+    learnt = encoded.learnt or [True] * len(encoded.ids)
+    if isinstance(document, Marked) and not document.is_conversation:
+        # A prompt loses its start where the pair is longer than a window.
+        prompt = learnt.index(True) if True in learnt else 0
+        begin = min(prompt, max(len(learnt) - window, 0))
+        encoded, learnt = encoded.cut(begin), learnt[begin:]
+    labels = [each if own else IGNORE for each, own in zip(encoded.ids, learnt, strict=True)]
+    labels[:1] = [IGNORE] if labels else []
+    yield _Piece(encoded.ids, encoded.values, labels)
+    if end is not None and not isinstance(document, Marked) and encoded.ids[-1:] != [end]:
+        yield _closing(tokenizer, end)
 
-    if isinstance(document, Marked):
-        return _marked(document, tokenizer, tokens)
-    if isinstance(document, str):
-        before, (ids, values) = 0, tokens(document)
-    else:
-        (ids, values), (more, numbers) = (
-            tokens(document.prompt),
-            tokens(document.completion, add_special_tokens=False),
-        )
-        before, ids, values = len(ids), ids + more, values + numbers
-    end = tokenizer.eos_token_id
-    if end is not None and (packed or not isinstance(document, str)) and ids[-1:] != [end]:
-        ids, values = [*ids, end], [*values, 0.0]
-    labels = [IGNORE] * max(before, 1) + ids[max(before, 1) :]
-    cut = min(before, max(len(ids) - window, 0))
-    return _Piece(ids[cut:], values[cut:], labels[cut : len(ids)])
 
-
-# A conversation, of which the assistant's turns are learnt, or a prompt with its completion.
-def _marked(document: Marked, tokenizer: Any, tokens: Callable[..., tuple[list[int], list[float]]]) -> _Piece:
-    piece, begins = _Piece([], [], []), not document.is_conversation
-    for part in document.parts(tokenizer):
-        ids, values = tokens(part.text, add_special_tokens=begins, **part.options(tokenizer))
-        piece.input_ids.extend(ids)
-        piece.values.extend(values)
-        piece.labels.extend(ids if part.learnt else [IGNORE] * len(ids))
-        begins = False
-    return piece
+def _closing(tokenizer: Any, end: int) -> _Piece:
+    return _Piece([end], [0.0] if isinstance(tokenizer, NumericTokenizer) else [], [end])

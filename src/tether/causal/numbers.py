@@ -25,7 +25,7 @@ __all__ = ["NumericEncoding", "NumericStreamer", "NumericTokenizer", "check_nume
 
 _UNREAD = (
     "is_split_into_words", "return_offsets_mapping", "return_overflowing_tokens", "sanitize_control_tokens",
-    "split_special_tokens", "text_pair",
+    "text_pair",
 )  # fmt: skip
 """Options of transformers' tokenizers under which it would not be known which number a `<NUM>` stands for."""
 _WHOLE = TruncationStrategy.DO_NOT_TRUNCATE
@@ -88,6 +88,8 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     def _look_at_added_tokens(self) -> None:
         names = self.backend_tokenizer.get_added_tokens_decoder()
         self._special = {number for number, token in names.items() if token.special}
+        special = {token.content for token in names.values() if token.special}
+        self._names = tuple(sorted(special, key=len, reverse=True))
         with_numbers = [re.escape(token.content) for token in names.values() if find_numbers(token.content)]
         self._kept = re.compile("|".join(with_numbers)) if with_numbers else None
 
@@ -113,13 +115,15 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         """
         return self._unmarked(PreTrainedTokenizerFast)
 
-    def _mark(self, text: str) -> tuple[str, list[Numeral]]:
+    def _mark(self, text: str, *, letters: bool) -> tuple[str, list[Numeral]]:
         if not isinstance(text, str):
             raise ConfigError(f"{type(text).__name__}: expected a text, or a list of texts; convert it first")
-        # Numbers inside the names of special tokens belong to the names.
-        bare = self._kept.sub(lambda name: " " * len(name[0]), text) if self._kept else text
+        # Numbers inside the names of special tokens belong to the names, unless those are letters like any others.
+        named = self._kept is not None and not letters
+        bare = self._kept.sub(lambda name: " " * len(name[0]), text) if named and self._kept else text
         numerals = find_numbers(bare)
-        return placeholder.substitute(text, numerals, self.num_token, self._after), numerals
+        spelled = self._names if letters else (self.num_token,)
+        return placeholder.substitute(text, numerals, self.num_token, self._after, spelled), numerals
 
     # Where all ways of encoding lead: `__call__`, `encode`, `apply_chat_template`.
     def _encode_plus(self, text: Any, *, return_tensors: Any = None, **options: Any) -> NumericEncoding:
@@ -137,7 +141,9 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
             )
         options["return_token_type_ids"] = bool(options.get("return_token_type_ids"))
         options["return_attention_mask"] = options.get("return_attention_mask") is not False
-        marked = [self._mark(each) for each in texts]
+        # The names are spelled apart; where the backend itself did not read them, it would not read `<NUM>` either.
+        letters = bool(options.pop("split_special_tokens", None))
+        marked = [self._mark(each, letters=letters) for each in texts]
         encoding = NumericEncoding.align(
             super()._encode_plus([each for each, _ in marked], **options),
             [numerals for _, numerals in marked],

@@ -129,7 +129,9 @@ def make_exact(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
     return AFTER
 
 
-def substitute(text: str, numerals: Sequence[Numeral], name: str, after: str) -> str:
+def substitute(
+    text: str, numerals: Sequence[Numeral], name: str, after: str, spelled: Sequence[str] = ()
+) -> str:
     """Write the token in the place of each number, and keep it from being read where the text spells it.
 
     Args:
@@ -137,6 +139,7 @@ def substitute(text: str, numerals: Sequence[Numeral], name: str, after: str) ->
         numerals: its numbers.
         name: the token for numbers.
         after: what `make_exact` gave.
+        spelled: special tokens that are letters where the text spells them, longest first; `name` always is.
 
     Returns:
         The text for the wrapped tokenizer.
@@ -148,12 +151,13 @@ def substitute(text: str, numerals: Sequence[Numeral], name: str, after: str) ->
         raise ConfigError(
             f"text with {APART!r} or {AFTER!r}: expected none of these noncharacters; remove them first"
         )
-    spelled = name[0] + APART + name[1:]
     parts, done = [], 0
     for numeral in numerals:
-        parts.append(text[done : numeral.start].replace(name, spelled))
+        parts.append(text[done : numeral.start])
         done = numeral.end
-    parts.append(text[done:].replace(name, spelled))
+    parts.append(text[done:])
+    for each in spelled or (name,):
+        parts = [part.replace(each, each[0] + APART + each[1:]) for part in parts]
     return (name + after).join(parts)
 
 

@@ -100,7 +100,8 @@ def fit_values(model: Any, examples: Examples, batch: int = 8) -> float:
     values: list[Tensor] = []
     for rows in torch.arange(examples.windows).split(batch):
         inputs = {name: tensor.to(model.device) for name, tensor in examples.collate(rows.tolist()).items()}
-        mask = inputs["attention_mask"][:, 1:].bool()
+        lengths = examples.starts.diff()[rows].unsqueeze(-1)
+        mask = (torch.arange(1, inputs["input_ids"].shape[1]) < lengths).to(model.device)
         follows = inputs.pop("labels")[:, 1:] == model.config.num_token_id
         out = model(**inputs, use_cache=False, return_logits=False, output_hidden_states=True)
         states.append(out.hidden_states[-1][:, :-1][mask].float())

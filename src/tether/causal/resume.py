@@ -19,10 +19,11 @@ __all__ = ["load_state", "save_state"]
 
 
 class _State(Strict):
-    """How far a training is: steps, and the loss of each, which may be NaN."""
+    """How far a training is: steps, the loss of each, which may be NaN, and the state of what it adds to its loss."""
 
     step: NonNegativeInt
     curve: list[Annotated[float, AllowInfNan(True)]]
+    term: dict[str, Any] | None = None
 
 
 _MOMENTS: Final = {"step", "exp_avg", "exp_avg_sq"}
@@ -41,7 +42,7 @@ def save_state(
         folder: where to; appears whole or not at all.
         parameters: the trained parameters by name.
         optimizer: AdamW over them.
-        state: progress: `step`, and `curve` with a loss a step; NaN is kept.
+        state: progress: `step`, `curve` with a loss a step, NaN is kept, and `term`, the state of a term or None.
     """
     moments = {
         f"{name}.{key}": value

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tether.causal.dataset import count_labels
 from tether.causal.losses import IGNORE, ovr_loss
 from tether.causal.modeling import CausalOutput, CausalQwenForCausalLM
+from tether.causal.term import Term
 from tether.errors import ConfigError
 
 __all__ = ["Objective", "TrainOptions", "half_backbone", "parameter_groups", "select"]
@@ -37,7 +38,7 @@ class TrainOptions:
         batch: windows a step, over all processes and accumulated parts.
         accumulate: parts that each process computes a step's gradient in.
         window: tokens a window.
-        packed: whether windows may hold several documents, see `make_examples`.
+        packed: whether windows may hold several documents, which do not see each other, see `make_examples`.
         lr: peak learning rate; for thresholds and class noise, relative to their size at the start.
         warmup: share of the steps in which the rate rises, in [0, 1); then it falls as a cosine, to 0.
         weight_decay: of the backbone's matrices. The head starts as the identity and is not pulled to 0.
@@ -265,11 +266,20 @@ class Objective(nn.Module):
     Args:
         model: the model.
         options: see `TrainOptions`.
+        term: what is added beside the losses, or None.
+        share: what the term's mean over a part counts in the step.
     """
 
-    def __init__(self, model: CausalQwenForCausalLM, options: TrainOptions) -> None:
+    def __init__(
+        self,
+        model: CausalQwenForCausalLM,
+        options: TrainOptions,
+        term: Term | None = None,
+        share: float = 1.0,
+    ) -> None:
         super().__init__()
         self.model, self.mode, self.samples = model, options.mode or model.config.mode, options.samples
+        self.term, self.share = term, share
 
     def forward(self, batch: dict[str, Tensor], labels: int, numbers: int) -> tuple[Tensor, Tensor]:
         """Compute the share.
@@ -280,7 +290,8 @@ class Objective(nn.Module):
             numbers: labels of the whole step that are `<NUM>`.
 
         Returns:
-            The share, in nats, and a record of its class and value parts, shape (2,), without gradients.
+            The share, in nats, and a record of its class part, its value part and the term, shape (3,), without
+            gradients.
         """
         if self.samples is None:
             out = self.model(**batch, mode=self.mode, use_cache=False, return_logits=False)
@@ -293,11 +304,14 @@ class Objective(nn.Module):
         if out.aux_loss is not None:
             # Routing of a mixture-of-experts backbone, where its config asks for it: a mean over tokens.
             total = total + self.model.config.router_aux_loss_coef * out.aux_loss * (own / max(labels, 1))
-        if value_loss is None:
-            return total, torch.stack([class_share.detach(), class_share.new_zeros(())])
-        value_share = value_loss * (numeric / max(numbers, 1))
-        total = total + self.model.config.value_loss_weight * value_share
-        return total, torch.stack([class_share.detach(), value_share.detach()])
+        value_share = added = class_share.new_zeros(())
+        if value_loss is not None:
+            value_share = value_loss * (numeric / max(numbers, 1))
+            total = total + self.model.config.value_loss_weight * value_share
+        if self.term is not None:
+            added = self.share * self.term.loss(batch.get("attention_mask"), total)
+            total = total + added
+        return total, torch.stack([part.detach() for part in (class_share, value_share, added)])
 
     def _sampled(self, batch: dict[str, Tensor]) -> tuple[CausalOutput, Tensor, Tensor | None]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}

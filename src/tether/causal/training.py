@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tether.causal.apart import check_apart
 from tether.causal.constants import OF_LOSSES
 from tether.causal.dataset import Examples, count_labels, make_examples, shuffled
 from tether.causal.evaluation import evaluate
@@ -21,6 +22,7 @@ from tether.causal.pairs import Document
 from tether.causal.placement import find_device
 from tether.causal.readout import fit_values
 from tether.causal.resume import load_state, save_state
+from tether.causal.term import Term
 from tether.causal.trainable import (
     Objective,
     TrainOptions,
@@ -53,6 +55,7 @@ def train(
     folder: str | Path,
     held_out: Sequence[Document] | None = None,
     device: str | torch.device = "auto",
+    term: Term | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a model, or go on with a training that was stopped.
@@ -73,21 +76,25 @@ def train(
         folder: new or empty, or that of a training with the same model, text and options.
         held_out: text to evaluate on before and after, or None.
         device: where to train: `auto` takes an accelerator if there is one; several processes take one each.
+        term: added to the loss of every step, such as `tether.router.RoutingCourse`, which shapes the routers of a
+            mixture of experts.
         on_step: called in the main process after each step with step, steps, loss, class_loss, value_loss,
-            lr, gradient_norm; it may raise to stop.
+            lr, gradient_norm, and term where there is one; it may raise to stop.
 
     Returns:
         path of the model, steps, windows, tokens (labels of all steps), parameters (trained), curve (the
-        loss of every step), before and after (of `evaluate`, or None), fingerprint; the same on every process,
-        but for `before` and `after`, which the main process has.
+        loss of every step, without the term), before and after (of `evaluate`, or None), fingerprint; the same on every
+        process, but for `before` and `after`, which the main process has. With a term also `term`, its report.
 
     Raises:
-        ConfigError: accelerate is missing; model, tokenizer, text or options do not fit; the folder is of
+        ConfigError: accelerate is missing; model, tokenizer, text, term or options do not fit; the folder is of
             another run; or the batch cannot be split evenly.
         CheckpointError: the saved state is damaged.
     """  # noqa: DOC502 - raised by what it calls
     options = options.on(model)
     trained = select(model, options)
+    if term is not None:
+        term.check(model)
     accelerator = _accelerator(find_device(device))
     check_processes(options, accelerator.num_processes)
     if model.config.num_token_id is not None:
@@ -96,6 +103,8 @@ def train(
         raise ConfigError(
             "a numeric tokenizer for a model without <NUM>: call model.add_numbers(tokenizer) first"
         )
+    if options.packed:
+        check_apart(model)
     examples = make_examples(documents, tokenizer, window=options.window, packed=options.packed)
     if options.fit_values and (count := count_labels(examples.labels, model.config.num_token_id)[1]) < 3:
         raise ConfigError(
@@ -109,6 +118,7 @@ def train(
         "held_out": make_examples(held_out, tokenizer).fingerprint() if held_out else None,
         "constants": {name: getattr(model.config, name) for name in OF_LOSSES},
         "options": {key: value for key, value in asdict(options).items() if key != "save_every"},
+        **({} if term is None else {"term": term.settings}),
     }
     with ExitStack() as stack:
         run = stack.enter_context(Run(folder, config)) if accelerator.is_main_process else None
@@ -120,7 +130,7 @@ def train(
             _wake(model, examples)
         before = _evaluate(run, "before", model, tokenizer, held_out)
         accelerator.wait_for_everyone()
-        loop = _Loop(accelerator, model, examples, options, trained, folder, run)
+        loop = _Loop(accelerator, model, examples, options, trained, folder, run, term)
         curve = loop.run(on_step)
         if options.fit_values:
             with half_backbone(model, accelerator.device.type, options.mixed_precision):
@@ -140,6 +150,7 @@ def train(
         "before": before,
         "after": after,
         "fingerprint": model.config.base_fingerprint,
+        **({} if term is None else {"term": term.report()}),
     }
 
 
@@ -172,19 +183,26 @@ class _Loop:
         trained: dict[str, nn.Parameter],
         folder: Path,
         run: Run | None,
+        term: Term | None,
     ) -> None:
-        self.accelerator, self.model, self.examples = accelerator, model, examples
+        self.accelerator, self.model, self.examples, self.term = accelerator, model, examples, term
         self.options, self.trained, self.folder, self.record = options, trained, folder / _STATE, run
         self.steps = options.total(examples.windows)
         self.tokens = 0
         # Rates of thresholds follow their size at the start, which a resumed training has here too.
         self.optimizer = torch.optim.AdamW(parameter_groups(model, trained, options))
         self.curve: list[float] = []
-        if self.folder.is_dir():
-            self.curve = load_state(self.folder, trained, self.optimizer)["curve"]
+        saved = load_state(self.folder, trained, self.optimizer) if self.folder.is_dir() else None
+        if term is not None:
+            term.begin(model, self.optimizer)
+        if saved is not None:
+            self.curve = saved["curve"]
+            if term is not None:
+                term.load_state_dict(saved["term"] or {})
             if run:
                 run.log({"resumed": len(self.curve)})
-        self.objective = accelerator.prepare(Objective(model, options))
+        share = 1 / (options.accumulate * accelerator.num_processes)
+        self.objective = accelerator.prepare(Objective(model, options, term, share))
 
     def run(self, on_step: Callable[[dict[str, float]], None] | None) -> list[float]:
         """Take all steps that are left; the model is in evaluation mode afterwards.
@@ -204,6 +222,8 @@ class _Loop:
                     self._advance(step, on_step)
         finally:
             model.eval()
+            if self.term is not None:
+                self.term.close()
         return self.curve
 
     def _advance(self, step: int, on_step: Callable[[dict[str, float]], None] | None) -> None:
@@ -216,10 +236,15 @@ class _Loop:
         figures = self._step(step, rows, counts)
         self.curve.append(figures["loss"])
         done = step + 1
+        if self.term is not None:
+            self.term.after_step(done, done == self.steps)
         if record:
             record.log(figures)
         if record and (done % options.save_every == 0 or done == self.steps):
-            save_state(self.folder, self.trained, self.optimizer, {"step": done, "curve": self.curve})
+            term = None if self.term is None else self.term.state_dict()
+            save_state(
+                self.folder, self.trained, self.optimizer, {"step": done, "curve": self.curve, "term": term}
+            )
         if record and on_step is not None:
             on_step(figures)
 
@@ -236,7 +261,7 @@ class _Loop:
         self.optimizer.zero_grad()
         processes, rank = accelerator.num_processes, accelerator.process_index
         size = options.batch // (options.accumulate * processes)
-        found = torch.zeros(2, device=accelerator.device)
+        found = torch.zeros(3, device=accelerator.device)
         for part in range(options.accumulate):
             first = (part * processes + rank) * size
             batch = self.examples.collate(rows[first : first + size])
@@ -250,7 +275,7 @@ class _Loop:
             found = found + parts
         norm = accelerator.clip_grad_norm_(self.trained.values(), options.clip)
         self.optimizer.step()
-        class_loss, value_loss = accelerator.reduce(found, "sum").tolist()
+        class_loss, value_loss, term = accelerator.reduce(found, "sum").tolist()
         return {
             "step": step + 1,
             "steps": self.steps,
@@ -259,6 +284,7 @@ class _Loop:
             "value_loss": value_loss,
             "lr": options.lr * rate,
             "gradient_norm": float(norm),
+            **({} if self.term is None else {"term": term}),
         }
 
 

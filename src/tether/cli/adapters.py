@@ -7,6 +7,7 @@ from typing import Any
 from tether.cli.output import emit
 from tether.cli.placing import load
 from tether.cli.progress import reporter
+from tether.cli.texts import hashes_of, open_texts
 from tether.errors import ConfigError
 
 __all__ = ["fuse_adapters", "learn_adapter"]
@@ -15,8 +16,8 @@ __all__ = ["fuse_adapters", "learn_adapter"]
 def learn_adapter(
     kind: str,
     model: str,
-    text: Path,
-    base_text: Path,
+    text: str,
+    base_text: str,
     out: Path,
     *,
     budget: float,
@@ -25,6 +26,7 @@ def learn_adapter(
     gate: bool,
     tokens: int | None,
     cache: Path | None,
+    disk: float,
     held_out: float | None = None,
     sample: bool = True,
     window: int = 256,
@@ -46,6 +48,7 @@ def learn_adapter(
         gate: fit a one-class gate too.
         tokens: domain tokens to use, in whole windows.
         cache: where hidden states of the base are kept.
+        disk: bytes of hidden states that may be kept of each text.
         held_out: share of the text to keep aside, or None for the default.
         sample: whether the adapter carries a few of the documents that were kept aside.
         window: tokens a context.
@@ -62,7 +65,6 @@ def learn_adapter(
     from tether.delta.adapter_training import AdapterFit
     from tether.delta.budget import Budget
     from tether.delta.held_out import HELD_OUT
-    from tether.store.documents import read_documents
     from tether.store.place import check_free
 
     if kind != "lora":
@@ -79,15 +81,15 @@ def learn_adapter(
         **fit,
     )
     lora_config(chosen.rank, chosen.alpha)
-    own, general = read_documents(text), read_documents(base_text)
+    own, general = open_texts([text, base_text])
     check_free(out)
     base, tokenizer = load(model)
     with reporter() as steps:
         adapter = adapter_learning.learn_adapter(
             base, tokenizer, own, base_texts=general, name=out.stem, window=window, tokens=tokens,
-            cache_folder=cache, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
+            cache_folder=cache, disk=disk, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
         )  # fmt: skip
-    adapter.save(out, inputs={"domain": own.sha256, "base": general.sha256})
+    adapter.save(out, inputs=hashes_of({"domain": own, "base": general}))
     told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample, kind=own.kind)
     record = {key: value for key, value in adapter.record.items() if key != "curve"}
     emit({"path": str(out), "name": adapter.name, **record, "sample": list(adapter.sample)}, as_json, told)

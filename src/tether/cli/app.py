@@ -12,11 +12,12 @@ from rich.logging import RichHandler
 from typer.core import TyperCommand
 
 from tether._version import __version__
-from tether.cli import causal, doctor, domains, export, learn, ledger, merge, router, theory, training
+from tether.cli import causal, doctor, domains, export, learn, leash, ledger, merge, router, theory, training
 from tether.cli.asked import listen
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
 from tether.cli.placing import placed
+from tether.cli.texts import reads_texts
 from tether.errors import ConfigError
 
 __all__ = ["app", "main"]
@@ -60,14 +61,19 @@ app = typer.Typer(
 )
 app.command()(domains.demo)
 _LOADING: tuple[Callable[..., Any], ...] = (
-    causal.convert, learn.learn, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
+    causal.convert, learn.learn, leash.leash, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
     causal.generate, causal.counterfactual, training.evaluate,
 )  # fmt: skip
 _OF_ONE_FORMAT: tuple[Callable[..., Any], ...] = (domains.verify, training.train)
 """A certificate names its number format, and a training keeps weights in float32."""
+_READING: tuple[Callable[..., Any], ...] = (
+    causal.convert, learn.learn, domains.fuse, domains.certify, router.route, ledger.ledger, leash.leash,
+    training.train, training.evaluate,
+)  # fmt: skip
 for number_formats, commands in ((True, _LOADING), (False, _OF_ONE_FORMAT)):
     for each in commands:
-        app.command()(placed(each, dtype=number_formats))
+        read = reads_texts(each) if each in _READING else each
+        app.command()(placed(read, dtype=number_formats))
 app.command()(doctor.doctor)
 app.add_typer(theory.app)
 app.add_typer(merge.merge_app, name="merge")

@@ -8,6 +8,7 @@ import typer
 
 from tether.cli.output import emit, quiet_libraries, say
 from tether.cli.placing import load, load_backbone
+from tether.cli.texts import open_text
 
 __all__ = ["convert", "counterfactual", "generate"]
 
@@ -19,7 +20,7 @@ def convert(
         str, typer.Option(help="Start of the causal head: calibrated or paper.")
     ] = "calibrated",
     calibrate: Annotated[
-        Path | None, typer.Option(help="Text to fit latent scale, class noise and threshold on.")
+        str | None, typer.Option(help="Text to fit latent scale, class noise and threshold on.")
     ] = None,
     numbers: Annotated[
         bool,
@@ -44,13 +45,12 @@ def convert(
     from tether.delta.windows import window_text
     from tether.errors import ConfigError
     from tether.report.frontier import frontier_png
-    from tether.store.documents import read_documents
     from tether.store.place import check_free
     from tether.store.publish import publish_file, write_json
 
     check_free(out)
     overrides = read_constants(constants or ())
-    documents = None if calibrate is None else read_documents(calibrate)
+    documents = None if calibrate is None else open_text(calibrate)
     if documents and preset == "paper":
         raise ConfigError(
             "--calibrate with --preset paper: the numbers of that preset are fixed; leave one out"
@@ -64,7 +64,8 @@ def convert(
         record = fit(model, [windows.input_ids[a:b] for a, b in pairwise(ends)])
     if numbers:
         tokenizer = model.add_numbers(tokenizer)
-    save_checkpoint(model, tokenizer, out, inputs={} if calibrate is None else {"calibration": calibrate})
+    file = None if documents is None else documents.path
+    save_checkpoint(model, tokenizer, out, inputs={"calibration": file} if file and file.is_file() else {})
     result = {
         "path": str(out),
         "base": base,

@@ -8,10 +8,12 @@ import typer
 
 from tether.cli.accounted import account_lines, value_lines
 from tether.cli.adapters import fuse_adapters
+from tether.cli.leash import refuse_raw
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.placing import load, place
 from tether.cli.progress import reporter
+from tether.cli.texts import open_texts, text_name
 from tether.errors import ConfigError
 
 __all__ = ["certify", "demo", "fuse", "verify"]
@@ -96,7 +98,7 @@ def fuse(
         float | None, typer.Option(help="Refuse a fusion whose mean drift on --text is larger, nats.")
     ] = None,
     budget_metric: Annotated[str, typer.Option(help="What the budget is in: softmax or latent.")] = "softmax",
-    text: Annotated[Path | None, typer.Option(help="General text on which the budget is checked.")] = None,
+    text: Annotated[str | None, typer.Option(help="General text on which the budget is checked.")] = None,
     check: Annotated[
         list[str] | None,
         typer.Option(help="Text of a domain to compare on, DOMAIN=FILE, in place of what its delta carries."),
@@ -123,6 +125,7 @@ def fuse(
         raise ConfigError(f"--leash-metric {leash_metric} without --leash: give the nats too")
     if budget is None and budget_metric != "softmax":
         raise ConfigError(f"--budget-metric {budget_metric} without --budget: give the nats too")
+    refuse_raw(paths, model)
     if any(map(is_adapter, paths)):
         beyond = {
             "remove": remove, "budget": budget, "text": text, "gate softmax": gate == "softmax", "check": check,
@@ -158,7 +161,7 @@ def _weighted(text: str) -> tuple[str, float]:
 def certify(
     model: Annotated[str, typer.Argument(help="The base.")],
     fused: Annotated[Path, typer.Argument(help="Folder of the fused checkpoint.")],
-    text: Annotated[list[Path], typer.Option(help="Text to measure on; repeat for several.")],
+    text: Annotated[list[str], typer.Option(help="Text to measure on; repeat for several.")],
     out: Annotated[Path, typer.Option(help="The certificate to write, JSON.")],
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of each text to measure, in whole windows.")
@@ -175,8 +178,7 @@ def certify(
     quiet_libraries()
     from tether.delta.certificate import certify as certify_model
     from tether.delta.declared import broken, metric_of
-    from tether.delta.record import is_certificate
-    from tether.store.documents import read_documents
+    from tether.delta.record import check_referable, is_certificate
     from tether.store.place import check_file, check_place
     from tether.store.signing import private_key
 
@@ -184,9 +186,11 @@ def certify(
     check_place(out)
     if not (out.is_file() and is_certificate(out)):  # an older certificate may be made again
         check_file(out)
-    if len({path.stem for path in text}) < len(text):
-        raise ConfigError(f"texts {', '.join(map(str, text))}: expected files of different names; rename one")
-    opened = {path.stem: read_documents(path) for path in text}
+    names = list(map(text_name, text))
+    if len(set(names)) < len(text):
+        raise ConfigError(f"texts {', '.join(text)}: expected files of different names; rename one")
+    opened = dict(zip(names, open_texts(text), strict=True))
+    check_referable(opened)
     base, tokenizer = load(model)
     moved, _ = load(str(fused))
     with reporter() as steps:

@@ -10,6 +10,7 @@ from tether.cli.configured import printed, read_config
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.placing import load
 from tether.cli.progress import reporter
+from tether.cli.texts import TEXT, open_texts
 from tether.errors import ConfigError
 from tether.names import check_name
 
@@ -23,13 +24,8 @@ JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def learn(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Base: checkpoint folder, alias, path or hub id.")],
-    text: Annotated[
-        Path,
-        typer.Option(
-            help="The domain's text: JSON lines with text, with prompt and completion, or with messages; or plain."
-        ),
-    ],
-    base_text: Annotated[Path, typer.Option(help="General text on which the drift is held, likewise.")],
+    text: Annotated[str, typer.Option(help=f"The domain's text: {TEXT}.")],
+    base_text: Annotated[str, typer.Option(help="General text on which the drift is held, likewise.")],
     out: Annotated[Path, typer.Option(help="The delta file to write, customarily NAME.delta.")],
     budget: Annotated[
         float | None,
@@ -77,6 +73,13 @@ def learn(
     ] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Domain tokens to use, in whole windows.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep hidden states here for the next fit.")] = None,
+    disk: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="GB of hidden states kept of each text; a longer one is used in windows spread over it.",
+        ),
+    ] = 16.0,
     adapter: Annotated[
         str | None, typer.Option(help="Learn a PEFT adapter on the backbone instead of a delta: lora.")
     ] = None,
@@ -145,7 +148,8 @@ def learn(
         given |= {} if alpha is None else {"alpha": alpha}
         learn_adapter(
             adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
-            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, held_out=held_out, sample=not no_sample,
+            quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, disk=disk * 1e9,
+            held_out=held_out, sample=not no_sample,
             window=window, fit=given, as_json=as_json, **delta_only,
         )  # fmt: skip
         return
@@ -154,7 +158,6 @@ def learn(
     from tether.cli.learnt import learnt_told
     from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta
-    from tether.store.documents import read_documents
 
     # All that can be wrong without the model is found before it is loaded.
     of_budget = {
@@ -174,12 +177,12 @@ def learn(
     }  # fmt: skip
     check_options(**options)
     check_file(out)
-    own, general = read_documents(text), read_documents(base_text)
+    own, general = open_texts([text, base_text])
     base, tokenizer = load(model)
     with reporter() as steps:
         delta = learn_delta(
             base, tokenizer, own, base_texts=general, name=out.stem, window=window, tokens=tokens,
-            cache_folder=cache, sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
+            cache_folder=cache, disk=disk * 1e9, sample=not no_sample, on_step=steps(f"learning {out.stem}"), **options,
         )  # fmt: skip
     delta.save(out)
     told = learnt_told(delta.record, delta.sample, model=model, out=out, asked=not no_sample, kind=own.kind)

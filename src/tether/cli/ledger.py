@@ -10,6 +10,7 @@ from tether.cli.accounted import account_lines, fare_lines, value_lines
 from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.placing import load
 from tether.cli.progress import reporter
+from tether.cli.texts import open_text, open_texts
 from tether.errors import CertificateError, ConfigError
 from tether.names import check_name
 
@@ -18,7 +19,7 @@ __all__ = ["fuse_domains", "ledger"]
 
 def ledger(
     fused: Annotated[Path, typer.Argument(help="Folder of the fused checkpoint.")],
-    text: Annotated[Path, typer.Option(help="Text to account on, customarily the budgets' base text.")],
+    text: Annotated[str, typer.Option(help="Text to account on, customarily the budgets' base text.")],
     next_drift: Annotated[
         float | None, typer.Option("--next", help="What would another delta of this latent drift do? Nats.")
     ] = None,
@@ -30,9 +31,8 @@ def ledger(
     """Account for a fusion's drift: each domain's share, what pairs do to each other, what room is left."""
     quiet_libraries()
     from tether.delta.ledger import keep_ledger
-    from tether.store.documents import read_documents
 
-    documents = read_documents(text)
+    documents = open_text(text)
     model, tokenizer = load(str(fused))
     with reporter() as steps:
         figures = keep_ledger(
@@ -99,7 +99,7 @@ def fuse_domains(
     remove: Sequence[str],
     budget: float | None,
     budget_metric: str,
-    text: Path | None,
+    text: str | None,
     check: Sequence[str],
     as_json: bool,
 ) -> None:
@@ -117,7 +117,7 @@ def fuse_domains(
     from tether.delta.delta import Delta
     from tether.delta.fare import fare
     from tether.delta.fusion import fuse, manner, unfuse
-    from tether.store.documents import read_documents, text_hash
+    from tether.store.documents import text_hash
 
     if leash:
         check_leash(leash, leash_metric)
@@ -127,9 +127,11 @@ def fuse_domains(
         raise ConfigError(
             f"budget {budget:g} in {budget_metric!r}: expected nats > 0 in one of {', '.join(METRICS)}"
         )
-    general = read_documents(text) if text is not None else None
+    checked = dict(map(_named_text, check))
+    opened = open_texts([*([] if text is None else [text]), *checked.values()])
+    general = opened.pop(0) if text is not None else None
     documents = text_hash(general) if general is not None else None
-    texts = {name: read_documents(path) for name, path in map(_named_text, check)}
+    texts = dict(zip(checked, opened, strict=True))
     rule = None if prior is None else Rule(prior=prior)
     of_sums = {"chart": chart, "gate": gate, "leash": leash or None}
     manner(by, rule, of_sums)
@@ -221,12 +223,12 @@ def _parts(described: dict[str, Any]) -> str:
     )
 
 
-def _named_text(text: str) -> tuple[str, Path]:
+def _named_text(text: str) -> tuple[str, str]:
     """Read `DOMAIN=FILE`."""
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise ConfigError(f"--check {text!r}: expected DOMAIN=FILE, as --check law=law-test.jsonl")
-    return check_name(name), Path(path)
+    return check_name(name), path
 
 
 def _may_drift(

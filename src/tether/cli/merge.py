@@ -1,6 +1,7 @@
 """The commands that merge whole models: the merge itself, alignment, the study of path lengths."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,10 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from tether.cli.observe import observe
-from tether.cli.output import emit, quiet_libraries
+from tether.cli.output import emit, quiet_libraries, tell
 from tether.cli.placing import place, placed
 from tether.cli.progress import reporter
 from tether.cli.study import study_length, study_neurons
+from tether.cli.texts import TEXT, open_text, reads_texts
 from tether.errors import ConfigError
 
 __all__ = ["merge_app"]
@@ -39,7 +41,7 @@ merge_app.command("observe")(placed(observe, dtype=False))
 def align(
     target: Annotated[str, typer.Argument(help="The model in whose coordinates the merge will be.")],
     source: Annotated[str, typer.Argument(help="The model whose units are to be brought there.")],
-    text: Annotated[Path, typer.Option(help="Text that both read: .jsonl with 'text' a line, or plain.")],
+    text: Annotated[str, typer.Option(help=f"Text that both read: {TEXT}.")],
     out: Annotated[Path, typer.Option(help="The file of index maps, for a recipe's align.")],
     tokens: Annotated[
         int, typer.Option(min=64, help="Tokens to compare on; several times the width.")
@@ -52,9 +54,10 @@ def align(
     from tether.store.place import check_file
 
     check_file(out)
+    read = open_text(text)
     with reporter() as steps:
         found = align_checkpoints(
-            target, source, text, out, tokens=tokens, device=place()[0], on_step=steps("aligning")
+            target, source, read, out, tokens=tokens, device=place()[0], on_step=steps("aligning")
         )
     lines = [
         f"{space:<18} similarity {found['similarity'][space]:.3f}, {found['unmatched'][space]} units unmatched"
@@ -63,7 +66,7 @@ def align(
     emit({"path": str(out), **found}, as_json, "\n".join([*lines, f"maps: {out}"]))
 
 
-merge_app.command("align")(placed(align, dtype=False))
+merge_app.command("align")(placed(reads_texts(align), dtype=False))
 
 
 @merge_app.command("run")
@@ -111,11 +114,19 @@ def run(
     assert target is not None
     if asked.check:
         quiet_libraries()
+        _say_texts(asked.check.text)
     with reporter() as steps:
         report = merge(plan, target, threads=threads, steps=steps)
     emit({"path": str(target), **report}, as_json, _said(target, report))
     if report.get("check", {}).get("accepted") is False:
         raise typer.Exit(1)
+
+
+def _say_texts(texts: Mapping[str, str]) -> None:
+    from tether.store.documents import read_documents
+
+    for path in dict.fromkeys(texts.values()):
+        tell(read_documents(path, fetch=False).recognised, "none")
 
 
 def _described(summary: dict[str, Any]) -> str:

@@ -1,14 +1,19 @@
 """The command on routers: among domain deltas, or among the experts of an upcycled mixture."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tether.cli.output import emit, quiet_libraries
 from tether.cli.placing import load
 from tether.cli.progress import reporter
+from tether.cli.texts import open_texts, text_name
 from tether.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tether.store.opened import Text
 
 __all__ = ["route"]
 
@@ -16,9 +21,10 @@ __all__ = ["route"]
 TOP_K = 2
 """Experts a token of an upcycled mixture uses."""
 IDLE = {
-    "without --moe": ("form", "steps"),
-    "with --moe": ("budget", "base_text"),
-    "with --moe and no --text": ("budget", "base_text", "form", "steps", "tokens"),
+    "without --moe": ("form", "steps", "experts"),
+    "with --moe": ("budget", "base_text", "experts"),
+    "with --moe and no --text": ("budget", "base_text", "form", "steps", "tokens", "experts"),
+    "with --experts": ("budget", "base_text", "form", "steps", "tokens", "text"),
 }
 """Options without a meaning."""
 
@@ -26,19 +32,29 @@ IDLE = {
 def route(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The base: of the deltas, or the dense checkpoint's folder.")],
-    parts: Annotated[
-        list[str], typer.Argument(help="Delta files; with --moe, folders of fine-tunes of the base.")
-    ],
     out: Annotated[Path, typer.Option(help="Folder for the routed checkpoint; must be new or empty.")],
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Delta files; with --moe, folders of fine-tunes of the base, or none with --experts."
+        ),
+    ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Each part's domain text, in the order of the parts.")
+        list[str] | None, typer.Option(help="Each part's domain text, in the order of the parts.")
     ] = None,
     base_text: Annotated[
-        Path | None, typer.Option(help="General text on which the drift is held; not with --moe.")
+        str | None, typer.Option(help="General text on which the drift is held; not with --moe.")
     ] = None,
     moe: Annotated[
         bool, typer.Option("--moe", help="Make a mixture of experts of fine-tunes instead.")
     ] = False,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --moe and no fine-tunes: this many copies of the base's own MLPs, for tether train.",
+        ),
+    ] = None,
     budget: Annotated[float, typer.Option(help="Mean drift on base text, softmax nats a token.")] = 0.01,
     form: Annotated[
         str, typer.Option(help="With --moe: how routers are shaped (balance, prior, switch, ...).")
@@ -51,26 +67,35 @@ def route(
 ) -> None:
     """Route instead of add: per-token weights over deltas, or over experts, learnt from text."""
     quiet_libraries()
-    from tether.store.documents import read_documents
     from tether.store.place import check_free
 
     check_free(out)
-    texts = text or []
+    parts, texts = parts or [], text or []
+    if moe and experts is not None and not parts:
+        _check_options(context, "with --experts")
+        _mixture(model, [model] * (experts - 1), {}, out, form, steps, tokens, as_json)
+        return
     _check_options(
         context, "without --moe" if not moe else "with --moe" if texts else "with --moe and no --text"
     )
+    if not parts:
+        raise ConfigError(
+            "no parts: expected delta files, or with --moe folders of fine-tunes or --experts for copies of the base"
+        )
     if len(texts) != len(parts) and not (moe and not texts):
         raise ConfigError(
             f"{len(parts)} parts and {len(texts)} texts: expected --text once for each part, in their order"
         )
     if not moe and base_text is None:
         raise ConfigError("no --base-text: expected general text on which the drift is held to the budget")
-    for path in (*texts, *([base_text] if base_text else [])):
-        read_documents(path)
+    opened = open_texts([*texts, *([] if base_text is None else [base_text])])
     if moe:
-        _mixture(model, parts, texts, out, form, steps, tokens, as_json)
-    elif base_text is not None:
-        _deltas(model, parts, texts, base_text, out, budget, tokens, as_json)
+        named = dict(zip(map(text_name, texts), opened, strict=True))
+        if len(named) < len(texts):
+            raise ConfigError(f"texts {', '.join(texts)}: expected files of different names; rename one")
+        _mixture(model, parts, named, out, form, steps, tokens, as_json)
+    else:
+        _deltas(model, parts, opened[:-1], opened[-1], out, budget, tokens, as_json)
 
 
 def _check_options(context: typer.Context, case: str) -> None:
@@ -84,7 +109,7 @@ def _check_options(context: typer.Context, case: str) -> None:
 
 
 def _deltas(
-    model: str, parts: list[str], texts: list[Path], base_text: Path, out: Path, budget: float,
+    model: str, parts: list[str], texts: "Sequence[Text]", general: "Text", out: Path, budget: float,
     tokens: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     from tether.causal.checkpoint import save_checkpoint
@@ -92,19 +117,18 @@ def _deltas(
     from tether.delta.shards import read_states
     from tether.delta.windows import reader, window_text
     from tether.router.deltas import DeltaRouterFit, route_deltas
-    from tether.store.documents import read_documents
 
     fit = DeltaRouterFit(budget=budget)
     limit = tokens or fit.tokens
     deltas = [Delta.load(path) for path in parts]
     layers = tuple(sorted({layer for delta in deltas for layer in delta.layers}))
-    general = read_documents(base_text)
     if len(general) < 2:
         raise ConfigError(
-            f"{base_text}: {len(general)} document; expected at least 2, some to learn on and some for the budget"
+            f"{general.seen.name}: {len(general)} document; expected at least 2, some to learn on and some for the "
+            "budget"
         )
     cut = max(1, round(0.6 * len(general)))
-    pieces = [*(read_documents(path) for path in texts), general[:cut], general[cut:]]
+    pieces = [*texts, general[:cut], general[cut:]]
     base, tokenizer = load(model)
     tokenizer = reader(base, tokenizer)
     windows = [window_text(piece, tokenizer, tokens=limit) for piece in pieces]
@@ -133,7 +157,7 @@ def _deltas(
 
 
 def _mixture(
-    model: str, parts: list[str], texts: list[Path], out: Path, form: str, steps: int, tokens: int | None,
+    model: str, parts: list[str], texts: "Mapping[str, Text]", out: Path, form: str, steps: int, tokens: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     import tempfile
@@ -145,7 +169,6 @@ def _mixture(
     from tether.router.mixture import upcycle
     from tether.router.options import FORMS
     from tether.router.training import RouterFit, train_routers
-    from tether.store.documents import read_documents
     from tether.store.publish import publish_folder
 
     if form not in FORMS:
@@ -165,7 +188,8 @@ def _mixture(
     if texts:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         # Before the copying: a text that is too short is found at once.
-        windows = [window_text(read_documents(path), tokenizer, tokens=tokens) for path in texts]
+        windows = [window_text(text, tokenizer, tokens=tokens) for text in texts.values()]
+    parts = [base if part == model else part for part in parts]
     result: dict[str, Any] = {"path": str(out), "experts": [base, *parts]}
     said = f"{out}: a mixture of {len(parts) + 1} experts"
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +216,8 @@ def _mixture(
             result |= {key: record[key] for key in ("before", "after")}
             before, after = record["before"], record["after"]
             said += "".join(
-                f"\n  {path.stem}: NLL {a:.3f} -> {b:.3f}"
-                for path, a, b in zip(texts, before["losses"], after["losses"], strict=True)
+                f"\n  {name}: NLL {a:.3f} -> {b:.3f}"
+                for name, a, b in zip(texts, before["losses"], after["losses"], strict=True)
             )
             said += f"\n  dead experts a layer: {before['mean']['dead']:.1f} -> {after['mean']['dead']:.1f}"
     emit(result, as_json, said)

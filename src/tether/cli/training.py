@@ -7,25 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tether.cli.output import emit, quiet_libraries
+from tether.cli.output import emit, plain, quiet_libraries
 from tether.cli.placing import load, place
 from tether.cli.progress import reporter
+from tether.cli.texts import TEXT, open_text, open_texts
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tether.causal.pairs import Document
     from tether.causal.trainable import TrainOptions
+    from tether.router.options import Shaping
 
 __all__ = ["evaluate", "train"]
-
-TEXT = "JSON lines with 'text', or with 'prompt' and 'completion'; or plain text."
 
 
 def train(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, alias, path or hub id.")],
-    text: Annotated[Path, typer.Option(help=f"What to learn: {TEXT}")],
+    text: Annotated[str, typer.Option(help=f"What to learn: {TEXT}.")],
     out: Annotated[Path, typer.Option(help="Run folder: new, or of a stopped training with these options.")],
-    held_out: Annotated[Path | None, typer.Option(help="Text to evaluate on before and after.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text to evaluate on before and after.")] = None,
     part: Annotated[str | None, typer.Option(help="head (frozen backbone; the default) or all.")] = None,
     mode: Annotated[
         str | None,
@@ -43,6 +42,22 @@ def train(
         int | None, typer.Option(help="Optimizer steps; one pass over the text if left out.")
     ] = None,
     numbers: Annotated[bool, typer.Option("--numbers", help="Read numbers as values: add <NUM>.")] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape the routers of a mixture of experts and name the dead: balance, tax, prior, switch, ...; none "
+            "only measures."
+        ),
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="With --form: what experts cost (information, snr, fisher, paper, paper-log, ...)."
+        ),
+    ] = None,
+    lam: Annotated[
+        float | None, typer.Option(help="With --form: strength of the shaping; 0.01 if left out.")
+    ] = None,
     options: Annotated[
         Path | None, typer.Option(help="YAML with more options, as TrainOptions names them.")
     ] = None,
@@ -59,16 +74,22 @@ def train(
     from tether.causal.training import check_processes
     from tether.causal.training import train as run
 
+    shaping = _shaping(form, cost, lam, chosen.part)
     check_processes(chosen, processes)
-    documents, held = _read(text), None if held_out is None else _read(held_out)
+    documents, *others = open_texts([text] if held_out is None else [text, held_out])
+    held = others[0] if others else None
     _check_folder(out)
     net, tokenizer = _load(model)
     set_constants(net.config, values)
     if numbers:
         tokenizer = net.add_numbers(tokenizer)
+    from tether.router.course import RoutingCourse, describe
+    from tether.router.journal import write_course
+
+    course = None if shaping is None else RoutingCourse(shaping, say=_tell_line)
     with reporter() as report:
         record = run(
-            net, tokenizer, documents, options=chosen, folder=out, held_out=held, device=place()[0],
+            net, tokenizer, documents, options=chosen, folder=out, held_out=held, device=place()[0], term=course,
             on_step=report("training"),
         )  # fmt: skip
     if int(os.environ.get("RANK", "0")):
@@ -78,18 +99,21 @@ def train(
     said += f", loss {curve[0]:.4f} -> {curve[-1]:.4f}"
     if record["after"]:
         said += "\nheld out, before -> after\n" + _table(record["before"], record["after"])
+    if course is not None:
+        files = write_course(out, record["term"])
+        said += f"\n{describe(record['term'])}\n" + "\n".join(map(str, files))
     emit(record, as_json, said)
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, alias, path or hub id.")],
-    text: Annotated[Path, typer.Option(help=TEXT)],
+    text: Annotated[str, typer.Option(help=f"What to measure on: {TEXT}.")],
     tokens: Annotated[int | None, typer.Option(min=2, help="About how many tokens; all if left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure a model on a text: likelihoods in both modes, calibration, agreement, values."""
     quiet_libraries()
-    documents = _read(text)
+    documents = open_text(text)
     from tether.causal.evaluation import evaluate as measure
 
     net, tokenizer = _load(model)
@@ -125,11 +149,28 @@ def _options(path: Path | None, flags: dict[str, Any]) -> "TrainOptions":
     return TrainOptions(**checked.model_dump())
 
 
-def _read(path: Path) -> "list[Document]":
-    from tether.causal.pairs import holds_pairs, read_pairs
-    from tether.store.documents import read_documents
+def _shaping(form: str | None, cost: str | None, lam: float | None, part: str) -> "Shaping | None":
+    from tether.router.options import COSTLY, Shaping
 
-    return [*read_pairs(path)] if holds_pairs(path) else [*read_documents(path)]
+    given = {name: value for name, value in {"cost": cost, "lam": lam}.items() if value is not None}
+    if form is None:
+        if given:
+            raise ConfigError(f"{', '.join(f'--{name}' for name in given)}: no meaning without --form")
+        return None
+    shaping = Shaping(form=form, **given)  # type: ignore[arg-type]
+    if cost is not None and form not in COSTLY:
+        raise ConfigError(f"--cost: no meaning with --form {form}, which reads no cost; leave it out")
+    if part != "all" and form != "none":
+        raise ConfigError(
+            f"--form {form} with part={part!r}, where the routers are frozen with the backbone: give --part all, or "
+            "--form none to measure"
+        )
+    return shaping
+
+
+def _tell_line(line: str) -> None:
+    # Above the bar, which rich moves down for what is printed; stdout has the result alone.
+    typer.echo(plain(line), err=True)
 
 
 def _check_folder(out: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tether.delta.adapter_scaling import fold, set_strength
 from tether.delta.carried import check_carried
 from tether.delta.gate import Gate, gate_faults
 from tether.delta.peft_config import check_ranks, read_lora
@@ -128,8 +129,8 @@ class Adapter:
         folder = Path(folder)
         if not is_adapter(folder):
             raise CheckpointError(
-                f"{folder}: expected an adapter written by 'tether learn --adapter lora' (a folder with {CONFIG} and "
-                f"{MANIFEST})"
+                f"{folder}: expected an adapter written by 'tether learn --adapter lora' or 'tether leash' (a folder "
+                f"with {CONFIG} and {MANIFEST}); one that was made elsewhere 'tether leash' takes in"
             )
         recipe = checked(_Recipe, read_manifest(folder).recipe, folder / MANIFEST)
         check_carried(folder, recipe.record, recipe.sample)
@@ -218,6 +219,7 @@ class Attached:
         from peft import get_peft_model
 
         self.slots: dict[str, str] = {}
+        self._learnt: dict[Any, Tensor] = {}
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(model.backbone.config, trust_remote_code=False)
         copies: dict[int, Any] = {}
@@ -227,6 +229,8 @@ class Attached:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for a property under its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # An adapter with biases has them in layers too whose base has none: what that keeps PEFT from is merging.
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but")
             self.peft = get_peft_model(shell, _bare(config), adapter_name=self.slot(name)).eval()
         self.backbone: nn.Module = getattr(shell, shell.base_model_prefix)
         if generator is not None:
@@ -256,7 +260,8 @@ class Attached:
 
         first, *others = adapters
         made = Attached(model, first, adapters[first].config)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but")
             for name in others:
                 made.peft.add_adapter(made.slot(name), _bare(adapters[name].config))
         for name, adapter in adapters.items():
@@ -283,7 +288,7 @@ class Attached:
             for name, values in module.named_buffers(recurse=False):
                 setattr(twin, name, values)
         for module in self.peft.modules():
-            for part in ("lora_A", "lora_B"):
+            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 if isinstance(adapters := getattr(module, part, None), nn.ModuleDict):
                     adapters._apply(move)
 
@@ -305,9 +310,18 @@ class Attached:
             name: of the adapter.
             factor: any finite number.
         """
-        for module in self.peft.modules():
-            if self.slot(name) in getattr(module, "lora_B", {}):
-                module.set_scale(self.slot(name), factor)
+        set_strength(self.peft, self.slot(name), factor, self._learnt)
+
+    def fold(self, name: str, factor: float) -> None:
+        """Make a factor part of an adapter's weights.
+
+        Args:
+            name: of the adapter.
+            factor: any finite number.
+        """
+        self.rescale(name, 1.0)
+        fold(self.peft, self.slot(name), factor)
+        self._learnt = {}
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """Give an adapter's weights under PEFT's names.
@@ -320,7 +334,12 @@ class Attached:
         """
         from peft import get_peft_model_state_dict
 
-        kept = get_peft_model_state_dict(self.peft, adapter_name=self.slot(name), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # PEFT 0.21 takes the bias of B for a matrix that has lost a side.
+            warnings.filterwarnings("ignore", message="Adapter .* LoRA tensor.* have invalid shape")
+            kept = get_peft_model_state_dict(
+                self.peft, adapter_name=self.slot(name), save_embedding_layers=False
+            )
         return dict(kept)
 
     def states(self, name: str, input_ids: Tensor | None = None, **options: Any) -> Any:

@@ -1,6 +1,5 @@
 """Learn a domain as a LoRA adapter under a drift budget: a constrained fit, then one factor on the adapter."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tether.delta.adapter import Adapter, Attached, lora_config
-from tether.delta.adapter_drift import adapter_drift
+from tether.delta.adapter_probe import BaseText, adapter_change, some_windows
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.anchor import check_base
 from tether.delta.background import write_background
@@ -20,12 +19,11 @@ from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
-from tether.delta.material import gather, states_of
+from tether.delta.material import DISK, gather, states_of
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
-from tether.delta.output_head import output_head
 from tether.delta.ray import MEASURED
-from tether.delta.source import reference, spread
-from tether.delta.strength import Change, change_figures, served_change
+from tether.delta.source import reference
+from tether.delta.strength import change_figures
 from tether.delta.training import Step
 from tether.delta.values import next_values, value_figures, value_head
 from tether.delta.windows import Windows, reader
@@ -131,15 +129,15 @@ def _measured(
     if len(aside.away):
         of_window = aside.windows.documents[aside.windows.starts[:-1]]
         rows = torch.isin(of_window, aside.away).nonzero().squeeze(-1)
-        windows, rows = aside.windows, _some(aside.windows, rows, MEASURED)
-        change, documents = _change(model, attached, name, windows, rows)
+        windows, rows = aside.windows, some_windows(aside.windows, rows, MEASURED)
+        change, documents = adapter_change(model, attached, name, windows, rows)
         values = _value_record(model, attached, name, windows, rows)
         scored = ~change.before.isnan().cpu()
         kept |= change_figures(change.before[scored], change.after[scored], documents[scored])
         helps = kept["change"] < 0
     every = torch.arange(len(held_out.windows.starts) - 1)
-    rows = _some(held_out.windows, every, fit.probe)
-    base_text = _change(model, attached, name, held_out.windows, rows)[0].figures()
+    rows = some_windows(held_out.windows, every, fit.probe)
+    base_text = adapter_change(model, attached, name, held_out.windows, rows)[0].figures()
     used = budget_share(fit.budget, record.get("drift_base"))
     return {
         "factor_budget": factor,
@@ -151,30 +149,6 @@ def _measured(
         "warnings": [] if helps else [NO_HELP],
         **values,
     }
-
-
-# Windows spread evenly over the given ones, of so many tokens in all, about.
-def _some(windows: Windows, rows: Tensor, tokens: int) -> Tensor:
-    held = int(windows.starts.diff()[rows].sum())
-    return rows[spread(len(rows), max(1, math.ceil(tokens * len(rows) / held)))]
-
-
-@torch.no_grad()
-def _change(
-    model: Any, attached: Attached, name: str, windows: Windows, rows: Tensor
-) -> tuple[Change, Tensor]:
-    output = output_head(model)
-    found, documents = [], []
-    for some in rows.split(8):
-        batch = windows.batch(some)
-        moved = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float()
-        states = hidden_states(model, batch)[batch.mask], moved[batch.mask]
-        before, after = (reference(model, some).loc for some in states)
-        at = windows.positions(batch)
-        law = output.log_prob(before)
-        found.append(served_change(law, after, windows.targets[at].to(after.device), output))
-        documents.append(windows.documents[at])
-    return Change(*(torch.cat(values) for values in zip(*found, strict=True))), torch.cat(documents)
 
 
 # What an adapter does to the numbers in some windows; nothing for a model without numbers.
@@ -226,24 +200,14 @@ def meet_adapter(
     Returns:
         `factor`, 0 where none was found that holds; `drift_base` there; `drift_tokens`.
     """
-    windows = held_out.windows
-    rows = _some(windows, torch.arange(len(windows.starts) - 1), probe)
-    batches = [windows.batch(some) for some in rows.split(8)]
-    # Afresh from the backbone: what is cached is rounded to float16.
-    before = [hidden_states(model, batch)[batch.mask] for batch in batches]
+    text = BaseText(model, held_out.windows, probe)
 
     def measured(factor: float) -> float:
-        attached.rescale(name, factor)
-        drifts = []
-        for base, batch in zip(before, batches, strict=True):
-            states = attached.states(name, **text_inputs(model, batch)).last_hidden_state.float()
-            drifts.append(adapter_drift(budget.metric, model, base, states[batch.mask], fisher))
-        return float(budget.statistic(torch.cat(drifts)))
+        return float(budget.statistic(text.drifts(attached, name, factor, budget.metric, fisher)))
 
     value = 0.0 if budget.value is None else budget.value
     met = meet_budget(measured, value, ceiling=budget.stretch)
-    tokens = sum(int(batch.mask.sum()) for batch in batches)
-    return {"factor": met.scale, "drift_base": met.drift, "drift_tokens": tokens}
+    return {"factor": met.scale, "drift_base": met.drift, "drift_tokens": text.tokens}
 
 
 def learn_adapter(
@@ -256,6 +220,7 @@ def learn_adapter(
     window: int = 256,
     tokens: int | None = None,
     cache_folder: str | Path | None = None,
+    disk: float = DISK,
     sample: bool = True,
     on_step: Step | None = None,
     fit: AdapterFit | None = None,
@@ -271,6 +236,7 @@ def learn_adapter(
         window: tokens a context.
         tokens: domain tokens to use at most; as many base tokens are used.
         cache_folder: where hidden states of the base are kept for the next fit.
+        disk: bytes of hidden states that may be kept of each text; of a longer one, windows spread over it are used.
         sample: let the adapter carry a few of the documents that were kept aside; not for private text.
         on_step: called with progress.
         fit: options; None takes the defaults.
@@ -283,7 +249,15 @@ def learn_adapter(
     """  # noqa: DOC502 - raised by what it calls
     chosen = fit or AdapterFit()
     material = gather(
-        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=chosen.gate
+        model,
+        tokenizer,
+        texts,
+        base_texts,
+        name=name,
+        window=window,
+        tokens=tokens,
+        gate=chosen.gate,
+        disk=disk,
     )
     domain, base, held_out = states_of(model, material.windows, cache_folder, on_step=on_step)
     written = write_background(model) if chosen.gate else None

@@ -24,6 +24,24 @@ FEW = range(2, 5)
 once for each (docs/leash.md)."""
 
 
+class Change(NamedTuple):
+    """What an adapter makes of a linear layer: g * (W x + s (B A x + c)), and the base's own bias as it is.
+
+    Attributes:
+        a: A, shape (r, in).
+        b: B, shape (out, r).
+        scaling: s.
+        bias: c, shape (out,), or None.
+        gain: g, by which DoRA scales the rows of W + s B A, shape (out,); None for 1.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+
+
 class Text(NamedTuple):
     """All that was read of some texts, P positions.
 
@@ -88,7 +106,7 @@ class Passes:
         numeric: the model's embedding of numbers.
 
     Raises:
-        ConfigError: adapters that do more than to add B A x to what a layer gives.
+        ConfigError: adapters that do more to a linear layer than `Change` says.
     """
 
     def __init__(self, attached: Attached, names: list[str], numeric: nn.Module) -> None:
@@ -99,16 +117,13 @@ class Passes:
         self.spans: list[tuple[str, slice]] = []
         for name, layer in attached.peft.named_modules():
             if isinstance(layer, LoraLayer):
-                biased = any(layer.lora_B[slot].bias is not None for slot in layer.lora_B)
-                if layer.lora_variant or not layer.lora_A or biased:
+                dora = set(layer.lora_magnitude_vector)
+                if set(layer.lora_variant) - dora or not layer.lora_A:
                     raise ConfigError(
-                        f"{name}: by evidence only plain LoRA on linear layers is served; use by='sum'"
+                        f"{name}: by evidence only LoRA and DoRA on linear layers are served; use by='sum'"
                     )
-                pairs = {
-                    slot: (layer.lora_A[slot].weight, layer.lora_B[slot].weight, layer.scaling[slot])
-                    for slot in layer.lora_A
-                }
-                layer.forward = partial(self._moved, layer.base_layer, pairs)  # the twin's own
+                changes = {slot: _change_of(layer, slot) for slot in layer.lora_A}
+                layer.forward = partial(self._moved, layer.base_layer, changes)  # the twin's own
 
     @torch.no_grad()
     def fill(self, into: Tensor, text: Text, awake: Tensor, first: int, memory: AdapterMemory | None) -> None:
@@ -172,14 +187,31 @@ class Passes:
         return states
 
     # A linear layer with the adapter of each row.
-    def _moved(self, base: nn.Module, pairs: dict[str, tuple[Tensor, Tensor, float]], rows: Tensor) -> Tensor:
+    def _moved(self, base: nn.Module, changes: dict[str, Change], rows: Tensor) -> Tensor:
         found = _product(base, rows)
         for slot, span in self.spans:
-            if slot in pairs:
-                a, b, scaling = pairs[slot]
-                change = nn.functional.linear(nn.functional.linear(rows[span].to(a.dtype), a), b)
-                found[span].add_(change.to(found.dtype), alpha=scaling)
+            if slot in changes:
+                change = changes[slot]
+                inner = nn.functional.linear(rows[span].to(change.a.dtype), change.a)
+                added, scaling = nn.functional.linear(inner, change.b, change.bias), change.scaling
+                if change.gain is not None:
+                    gain, bias = change.gain.to(added), getattr(base, "bias", None)
+                    own = found[span] if bias is None else found[span] - bias
+                    added, scaling = scaling * gain * added + (gain - 1) * own.to(added), 1.0
+                found[span].add_(added.to(found.dtype), alpha=scaling)
         return found
+
+
+@torch.no_grad()
+def _change_of(layer: Any, slot: str) -> Change:
+    a, b, scaling = layer.lora_A[slot].weight, layer.lora_B[slot], layer.scaling[slot]
+    if slot not in layer.lora_magnitude_vector:
+        return Change(a, b.weight, scaling, b.bias)
+    # PEFT computes these lengths anew in each call.
+    base = layer.get_base_layer().weight.float()
+    whole = (base.T if layer.fan_in_fan_out else base) + scaling * (b.weight.float() @ a.float())
+    gain = layer.lora_magnitude_vector[slot].weight.float() / torch.linalg.norm(whole, dim=1)
+    return Change(a, b.weight, scaling, b.bias, gain)
 
 
 # What the layer does, for few rows in the other order.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.delta.adapter import Attached, frozen_twin
+from tether.delta.adapter_ascent import Ascent
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, text_inputs
@@ -21,16 +22,8 @@ from tether.delta.training import Step
 from tether.delta.values import next_values, value_head
 from tether.delta.windows import Batch
 from tether.errors import ConfigError
-from tether.scale import DualAscent
 
 __all__ = ["AdapterFit", "AdapterTraining"]
-
-
-SMOOTH = 0.8
-"""Share of the past in the running mean of the drift, which a batch of one context tells only roughly."""
-RISE, FALL = 0.1, 0.01
-"""Pace of the ascent. Every fit begins far below its budget: a multiplier that falls meanwhile lets it take directions
-that drift, which the few dozens of steps of a fit do not undo (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +104,7 @@ class AdapterTraining:
         generator: of the shuffles.
 
     Attributes:
-        dual: the multiplier of the drift on base text.
-        drift: running mean of what the budget limits, at the base batches so far, or None.
+        ascent: the multiplier of the drift on base text.
         curve: figures at about thirty of the steps.
     """
 
@@ -132,10 +124,7 @@ class AdapterTraining:
         self.model, self.attached, self.name = frozen, attached, name
         self.domain, self.base, self.fit, self.generator = domain, base, fit, generator
         self.metric = "softmax" if fit.budget is None else fit.budget.metric
-        value = 0.05 if fit.budget is None or fit.budget.value is None else fit.budget.value
-        # What a nat of drift buys falls with the root of the drift.
-        start = math.sqrt(0.05 / value) if fit.replay is None else fit.replay
-        self.dual = DualAscent(start, budget=value, rise=RISE, fall=FALL)
+        self.ascent = Ascent(fit.budget, fit.replay)
         self.fisher = None
         if self.metric == "fisher":
             some = reference(model, base.states[:1024].float()).loc
@@ -143,13 +132,12 @@ class AdapterTraining:
         self.values, self.next_values = value_head(model), next_values(model, domain.windows)
         scored = domain.windows.targets >= 0
         self.numbers = float((~self.next_values[scored].isnan()).double().mean())
-        self.drift: float | None = None
         self.curve: list[dict[str, float]] = []
 
     @property
     def multiplier(self) -> float:
         """Of the drift on base text, now."""
-        return self.dual.multiplier
+        return self.ascent.multiplier
 
     def batches(self) -> Iterator[Batch]:
         """Shuffle the domain's windows once an epoch.
@@ -185,12 +173,12 @@ class AdapterTraining:
             if fit.holds:
                 pressed = self.base_drift()
                 (self.multiplier * pressed).backward()
-                if step > warm and fit.ascends and self.drift is not None:
-                    self.dual.step(self.drift)
+                if step > warm and fit.ascends:
+                    self.ascent.step()
             optimizer.step()
             schedule.step()
             entry = {"step": step, "steps": steps, "nll": nll.item(), "multiplier": self.multiplier}
-            entry["drift"] = 0.0 if self.drift is None else self.drift
+            entry["drift"] = 0.0 if self.ascent.drift is None else self.ascent.drift
             if step % max(1, steps // 30) == 0 or step == steps:
                 self.curve.append(entry)
             if on_step:
@@ -234,6 +222,5 @@ class AdapterTraining:
         before = self.base.states[windows.positions(batch)].float().to(after.device)
         drifts = adapter_drift(self.metric, self.model, before, after, self.fisher)
         budget = self.fit.budget
-        seen = float((drifts.mean() if budget is None else budget.statistic(drifts)).detach())
-        self.drift = seen if self.drift is None else SMOOTH * self.drift + (1 - SMOOTH) * seen
+        self.ascent.see(float((drifts.mean() if budget is None else budget.statistic(drifts)).detach()))
         return drifts.mean() if budget is None else budget.pressed(drifts)

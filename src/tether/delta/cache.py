@@ -72,15 +72,9 @@ class StateCache(NamedTuple):
             The text of those documents in the same order, documents numbered as before.
         """
         windows = self.windows
-        of_window = windows.documents[windows.starts[:-1]]
-        chosen = torch.isin(of_window, documents)
-        lengths = windows.starts.diff()
-        kept = chosen.repeat_interleave(lengths)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[chosen].cumsum(0)])
-        values = None if windows.numeric_values is None else windows.numeric_values[kept]
-        rest = Windows(
-            windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts, values
-        )
+        chosen = torch.isin(windows.documents[windows.starts[:-1]], documents)
+        kept = chosen.repeat_interleave(windows.starts.diff())
+        rest = windows.some(chosen.nonzero().squeeze(-1))
         return StateCache(rest, self.states[kept], self.base, self.layers)
 
 

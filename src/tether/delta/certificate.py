@@ -100,9 +100,10 @@ def compose(
         documents = documents_of(text)
         file = documents if isinstance(documents, Text) else None
         listed[name] = {
-            "path": str(file.path.absolute()) if file else None,
+            "path": str(file.path.absolute()) if file and file.path else None,
             "sha256": file.sha256 if file else None,
             "documents": text_hash(documents),
+            **({} if file is None else _as_asked(file)),
         }
     return Certificate(
         schema_version=SCHEMA_VERSION,
@@ -114,6 +115,12 @@ def compose(
         figures={name: budgeted(fused, row) for name, row in figures.items()},
         claims=CLAIMS,
     ).sealed()
+
+
+# How a user asked for a text to be read; whoever checks it reads it so.
+def _as_asked(text: Text) -> dict[str, Any]:
+    asked = {"field": text.seen.field, "split": text.seen.split, "control_tokens": text.seen.control or None}
+    return {key: value for key, value in asked.items() if value is not None}
 
 
 def _name(text: Any) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 __all__ = ["CLAIMS", "SCHEMA_VERSION", "are_known"]
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 """2: token law, leash and continuations among the figures; 3: what the budgets allow. Older ones hold without.
 5: the dtype; in half precision figures count how what is served is rounded. 6: fusions by evidence.
 7: budgets beside the drift of each delta alone, and signatures. 8: numbers.
-9: alone, limits of a quantile and adapters fused by evidence too."""
+9: alone, limits of a quantile and adapters fused by evidence too.
+10: control tokens in texts are letters unless `control_tokens` says otherwise; `field` and `split` of texts in rows."""
 
 CLAIMS = (
     "Figures are measurements on the texts listed, in nats per token; they say nothing about other text except "
@@ -54,6 +55,7 @@ OLDER_CLAIMS = {
     6: "fcd24f3537bfdc930c016d972a4b12fe6f92b43eecaebebd96b04495b8d18d27",
     7: "177b3799cd9371e30f7c2365bab73729f738d8283807204d0a6e45009020ca7e",
     8: "25ccb6524b86d8a29b5304c21af81d197e7ef64f407fcada4215fde235580d28",
+    9: "0882fb185d70a4be3c75d71fbec53f9a36ed48798ce9e317754b1bf4180dbf13",
 }
 """Hashes of the claims of older schemas."""
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from tether.causal.encoded import encode
 from tether.causal.losses import IGNORE
 from tether.causal.mixture import Mixture
 from tether.causal.noise import Noise
 from tether.delta.account import Account
 from tether.delta.measure import Measurement
-from tether.delta.windows import Windows, encode
+from tether.delta.windows import Windows
 from tether.errors import ConfigError
 from tether.store.documents import beginning
 
@@ -63,7 +64,7 @@ def prompts(documents: Sequence[str], tokenizer: Any, count: int, *, name: str =
     """
     found: list[tuple[list[int], list[float]]] = []
     for number in range(len(documents)):
-        ids, values = encode(tokenizer, beginning(documents, number, 20 * PROMPT))
+        ids, values, _ = encode(tokenizer, beginning(documents, number, 20 * PROMPT))
         found += [(ids[:PROMPT], values[:PROMPT])] if len(ids) >= PROMPT else []
         if len(found) == count:
             break

@@ -11,6 +11,7 @@ from tether.delta.fusion import fuse, unfuse
 from tether.delta.measure import Variant, measure
 from tether.delta.regret import shares
 from tether.delta.windows import reader, window_text
+from tether.store.marked import Controlled
 
 __all__ = ["HARM", "Fare", "fare"]
 
@@ -69,9 +70,10 @@ def fare(
     base, deltas = unfuse(fused)
     found = {}
     for delta in deltas:
-        documents = list((given or {}).get(delta.name, ()))
+        documents: Sequence[str] = (given or {}).get(delta.name, ())
         if not documents and samples is not None and delta.name in samples:
-            documents = list(samples[delta.name].sample)
+            # What it carries of a conversation was written by a chat template, whose control tokens count.
+            documents = list(map(Controlled, samples[delta.name].sample))
         if not documents:
             continue
         windows = window_text(

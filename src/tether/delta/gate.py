@@ -96,19 +96,18 @@ def fit_gate(
     """
     if not 0 < quantile < 1:
         raise ConfigError(f"quantile={quantile}: expected a share between 0 and 1")
-    mean, count, group = _means(cache, window)
-    documents = int(group.max()) + 1
-    level = min(1.0, quantile * (1 + 1 / documents))
     stages = int(gate_stage(torch.tensor([max(window - 1.0, 1.0)]), window + 1, 64)) + 2 if window > 1 else 1
-    stage = gate_stage(count, window, stages)
+    of_count = gate_stage(torch.arange(1.0, window + 1), window, stages)
+    contexts = _Contexts(cache, window)
+    documents = int(contexts.group.max()) + 1
+    level = min(1.0, quantile * (1 + 1 / documents))
     limits, least = torch.full((stages,), CLOSED), CLOSED
     known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for number in range(stages):
-        here = (stage == number).nonzero().squeeze(-1)
-        here = here[spread(len(here), CONTEXTS)]
-        fold = group[here] % FOLDS
+        row, time = contexts.some((of_count == number).nonzero().squeeze(-1) + 1, CONTEXTS)
+        fold = contexts.group[row] % FOLDS
         if len(fold.unique()) > 1 and len(fold) - int(fold.bincount().max()) > 2:
-            known[number], own = fit_stage(mean[here], fold, min(rank, mean.shape[1]))
+            known[number], own = fit_stage(contexts.means(row, time), fold, min(rank, contexts.width))
             limits[number] = own.kthvalue(math.ceil(level * len(own))).values
             least = float(own.kthvalue(math.ceil(min(quantile, LEAST) * len(own))).values)
     # A stage that the text does not reach takes the statistics of the nearest later one, or of the last it has.
@@ -133,7 +132,6 @@ def fit_gate(
                 limits[number] = torch.minimum(limits[number], allowed)
     # A gate's distances are differences of squares in single precision; text that always begins alike has none.
     limits += torch.where(limits < 0, 0, ROUNDING * fitted[2] * fitted[0].square().sum(-1))
-    of_count = gate_stage(torch.arange(1.0, window + 1), window, stages)
     threshold = limits[of_count]
     if background is None:
         threshold[: min(early, window) - 1] = CLOSED
@@ -155,25 +153,58 @@ def check_windows(count: int) -> None:
         )
 
 
-# Window means at every token, how many tokens each holds, and its document.
-def _means(cache: StateCache, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    windows = cache.windows
-    first = windows.starts[:-1]
-    groups = torch.unique(windows.documents[first], return_inverse=True)[1]
-    if int(groups.max()) + 1 < FOLDS:
-        # A text in one document still has windows; they then play the documents' part.
-        groups = torch.arange(len(first))
-    check_windows(len(groups))
-    means, counts, rows = [], [], []
-    width = cache.states.shape[1] // (1 + len(cache.layers))
-    for batch in windows.batches(BATCH):
-        states = torch.zeros(*batch.mask.shape, width)
-        states[batch.mask] = cache.states[windows.positions(batch)][:, :width].float()
-        mean, count, _ = window_mean(states, batch.mask, window)
-        means.append(mean[batch.mask])
-        counts.append(count[batch.mask])
-        rows.append(batch.rows.unsqueeze(-1).expand_as(batch.mask)[batch.mask])
-    return torch.cat(means), torch.cat(counts), groups[torch.cat(rows)]
+class _Contexts:
+    """The contexts of a text, windows in the order in which they are batched, each from its first token on.
+
+    Of none of them anything is held until its mean is asked for: all means of a long text are larger than the text's
+    states on disk.
+    """
+
+    def __init__(self, cache: StateCache, window: int) -> None:
+        self.cache, self.window = cache, window
+        self.width = cache.states.shape[1] // (1 + len(cache.layers))
+        windows = cache.windows
+        first = windows.starts[:-1]
+        self.group = torch.unique(windows.documents[first], return_inverse=True)[1]
+        if int(self.group.max()) + 1 < FOLDS:
+            # A text in one document still has windows; they then play the documents' part.
+            self.group = torch.arange(len(first))
+        check_windows(len(self.group))
+        self.lengths = windows.starts.diff()
+        self.order = self.lengths.argsort(descending=True, stable=True)
+
+    # Windows and places in them of contexts that hold so many tokens, spread over the text.
+    def some(self, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        begin, last = int(counts.min()) - 1, int(counts.max())
+        lengths = self.lengths[self.order]
+        ends = lengths if last == self.window else lengths.clamp(max=last)
+        here = (ends - begin).clamp(min=0).cumsum(0)
+        chosen = spread(int(here[-1]), most)
+        at = torch.searchsorted(here, chosen, right=True)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), here])[at]
+        return self.order[at], begin + chosen - before
+
+    # The mean hidden state of the tokens up to each context, at most `window` of them.
+    def means(self, row: Tensor, time: Tensor) -> Tensor:
+        found = torch.empty(len(row), self.width)
+        starts = self.cache.windows.starts
+        same, count = torch.unique_consecutive(row, return_counts=True)
+        edges = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+        for first in range(0, len(same), BATCH):
+            rows, counts = same[first : first + BATCH], count[first : first + BATCH]
+            own = edges[first : first + len(rows) + 1]
+            part = slice(int(own[0]), int(own[-1]))
+            # Of a window only the tokens that some mean holds are read.
+            begin, end = (time[own[:-1]] - self.window + 1).clamp(min=0), time[own[1:] - 1] + 1
+            place = begin.unsqueeze(-1) + torch.arange(int((end - begin).max()))
+            mask = place < end.unsqueeze(-1)
+            states = torch.zeros(*mask.shape, self.width)
+            positions = (starts[rows].unsqueeze(-1) + place)[mask]
+            states[mask] = self.cache.states[positions][:, : self.width].float()
+            mean = window_mean(states, mask, self.window)[0]
+            of = torch.arange(len(rows)).repeat_interleave(counts)
+            found[part] = mean[of, time[part] - begin[of]]
+        return found
 
 
 def describe_gates(gates: Sequence[Gate]) -> dict[str, Any]:

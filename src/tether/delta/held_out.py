@@ -75,24 +75,31 @@ def hold_out(windows: Windows, share: float) -> HeldOut:
     Returns:
         The choice.
     """
-    scored = windows.targets >= 0
-    total, count = int(scored.sum()), len(windows.starts) - 1
-    every, none = windows.documents.unique(), torch.zeros(0, dtype=torch.int64)
+    # What is counted is counted for each window: a window lies inside one document.
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), (windows.targets >= 0).cumsum(0)])
+    scored = before[windows.starts].diff()
+    total, count = int(scored.sum()), len(scored)
+    del before
+    of_window = windows.documents[windows.starts[:-1]]
+    every, none = of_window.unique(), torch.zeros(0, dtype=torch.int64)
     if share == 0:
         note = "No documents were kept aside, as was asked for."
         return HeldOut(windows, every, none, "none", note)
     target, limit = min(max(share * total, LEAST), MOST), max(LARGEST, 1.25 * share) * total
-    cut = windows._replace(documents=torch.arange(count).repeat_interleave(windows.starts.diff()))
-    pieces = (("documents", windows),) if len(every) >= FEWEST_DOCUMENTS else ()
-    for kind, text in (*pieces, ("windows", cut)) if target <= limit and count >= FEWEST_WINDOWS else ():
-        numbers, of_token = text.documents.unique(return_inverse=True)
-        sizes = of_token[scored].bincount(minlength=len(numbers))
+    pieces = (("documents", of_window),) if len(every) >= FEWEST_DOCUMENTS else ()
+    cut = ("windows", torch.arange(count))
+    for kind, owner in (*pieces, cut) if target <= limit and count >= FEWEST_WINDOWS else ():
+        numbers, place = owner.unique(return_inverse=True)
+        sizes = torch.zeros(len(numbers), dtype=torch.int64).index_add_(0, place, scored)
         chosen = _choose(sizes.tolist(), target, limit)
-        staying = ~torch.isin(text.documents[windows.starts[:-1]], numbers[chosen])
+        staying = ~torch.isin(owner, numbers[chosen])
         if len(chosen) >= 2 and int(staying.sum()) >= FOLDS:
             away = torch.zeros(len(numbers), dtype=torch.bool)
             away[chosen] = True
             note = _note(kind, len(chosen), int(sizes[chosen].sum()), count)
+            text = windows
+            if kind == "windows":
+                text = windows._replace(documents=owner.repeat_interleave(windows.starts.diff()))
             return HeldOut(text, numbers[~away], numbers[away], kind, note)
     note = (
         f"The text is too short ({total} tokens in {count} windows) to keep a part of it aside, which takes at least "
@@ -138,12 +145,9 @@ def leave_out(cache: StateCache, held_out: HeldOut) -> StateCache:
     if not len(held_out.away):
         return cache
     windows = held_out.windows
-    lengths = windows.starts.diff()
     chosen = torch.isin(windows.documents[windows.starts[:-1]], held_out.stay)
-    kept = chosen.repeat_interleave(lengths)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[chosen].cumsum(0)])
-    values = None if windows.numeric_values is None else windows.numeric_values[kept]
-    rest = Windows(windows.input_ids[kept], windows.targets[kept], windows.documents[kept], starts, values)
+    kept = chosen.repeat_interleave(windows.starts.diff())
+    rest = windows.some(chosen.nonzero().squeeze(-1))
     states = cast("Any", _Rows(cache.states, kept.nonzero().squeeze(-1)))
     return StateCache(rest, states, cache.base, cache.layers)
 

@@ -19,7 +19,7 @@ from tether.delta.gate import check_windows, fit_gate
 from tether.delta.head import METRICS, Head
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.low_rank import factored, shortened
-from tether.delta.material import gather, states_of
+from tether.delta.material import DISK, gather, states_of
 from tether.delta.objective import CandidateSoftmax, mean_probability
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
 from tether.delta.output_head import output_head
@@ -87,8 +87,10 @@ def fit_delta(
     held_out = hold_out(domain.windows, fit.held_out)
     own = leave_out(domain, held_out)
     domain = domain._replace(windows=held_out.windows)
-    stay, away = set_aside(own.windows.documents, fit.aside)
+    stay, away = set_aside(own.windows.documents[own.windows.starts[:-1]], fit.aside)
     basis = middle_basis(own)
+    # It is as large as the text, and made again for the gate.
+    del own
     anchor = anchor._replace(fitted=basis.reduce(anchor.fitted), probe=basis.reduce(anchor.probe))
     source = Source(model, domain, stay, basis)
     aside = Source(model, domain, away, basis) if len(away) else None
@@ -99,7 +101,7 @@ def fit_delta(
     watched = None
     if aside is not None and len(aside):
         some = spread(len(aside), 2 * fit.probe)
-        watched = Aside(aside.take(some), aside.targets[some])
+        watched = Aside(aside.take(some), aside.next_tokens(some))
     values = value_head(model)
     training = Training(fit, source, anchor, loss, generator, watched, values)
     needs = Needs(output, anchor.fisher, values)
@@ -148,7 +150,11 @@ def fit_delta(
     heads = {"second": head.second.cpu(), **({} if head.first is None else {"first": head.first.cpu()})}
     factors = {} if fit.rank is None else factored(heads, fit.rank)
     heads = {name: factors[name].whole() if factors else whole for name, whole in heads.items()}
-    gate = fit_gate(own, background=anchor.background) if fit.gate else None
+    gate = None
+    if fit.gate:
+        # Nothing of the fit is needed any more.
+        del training, ray, source, unseen, aside, few
+        gate = fit_gate(leave_out(domain, held_out), background=anchor.background)
     record["cpu_seconds"] = time.process_time() - started
     return Delta(
         name=name,
@@ -179,7 +185,7 @@ def _strength(ray: Ray, unseen: Source | None, held_out: HeldOut) -> tuple[float
     kept: dict[str, Any] = {"kind": held_out.kind, "note": held_out.note, "documents": 0, "tokens": 0}
     if unseen is not None:
         some = spread(len(unseen), MEASURED)
-        at, targets, documents = unseen.take(some), unseen.targets[some], unseen.documents[some]
+        at, targets, documents = unseen.take(some), unseen.next_tokens(some), unseen.documents[some]
         found = ray.strength(at, targets, unseen.values[some], largest)
         share, helps = found.share, found.helps
         kept |= change_figures(found.nll[0.0], found.nll[share], documents)
@@ -251,6 +257,7 @@ def learn_delta(
     window: int = 256,
     tokens: int | None = None,
     cache_folder: str | Path | None = None,
+    disk: float = DISK,
     sample: bool = True,
     on_step: Step | None = None,
     **options: Any,
@@ -270,6 +277,7 @@ def learn_delta(
         window: tokens a context.
         tokens: domain tokens to use at most, up to a window; as many base tokens are used.
         cache_folder: where hidden states are kept for the next fit; None keeps them only for this call.
+        disk: bytes of hidden states that may be kept of each text; of a longer one, windows spread over it are used.
         sample: let the delta carry a few of the documents that were kept aside; not for private text.
         on_step: called with progress.
         options: other fields of `Budget` and `Fit`: `features="multi"`, `location_only=True`, `quantile=0.95`,
@@ -283,10 +291,11 @@ def learn_delta(
         CheckpointError: cached states of another backbone.
     """  # noqa: DOC502 - raised by what it calls
     fit = check_options(budget=budget, metric=metric, penalty=penalty, **options)
-    material = gather(
-        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate
-    )
     layers = feature_layers(model, fit.features)
+    material = gather(
+        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate, layers=layers,
+        disk=disk,
+    )  # fmt: skip
     domain, base, held_out = states_of(model, material.windows, cache_folder, layers=layers, on_step=on_step)
     anchor = anchor_text(model, base, held_out)
     delta = fit_delta(model, domain, anchor, material.name, fit, on_step)

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`, read without PEFT: plain LoRA alone, and no field that could run or search anything.
+"""PEFT's `adapter_config.json`, read without PEFT: LoRA alone, and no field that could run or search anything.
 
 PEFT's own reader imports the package that `megatron_core` names, and searches the model's modules by regular
 expressions from the file. Neither can be reached from here.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tether.errors import CheckpointError, ConfigError
 from tether.reading import Strict, checked, read_json
 
-__all__ = ["check_ranks", "read_lora"]
+__all__ = ["check_ranks", "neutral", "read_lora"]
 
 MODULES = 4096
 """Names of modules in a configuration at most."""
@@ -39,6 +39,9 @@ class _Lora(Strict):
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
     target_modules: Annotated[list[_Module], Field(min_length=1, max_length=MODULES)] | Literal["all-linear"]
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
 
@@ -50,8 +53,8 @@ def read_lora(path: Path) -> Any:
         path: `adapter_config.json`.
 
     Returns:
-        PEFT's `LoraConfig`, with the fields r, lora_alpha, lora_dropout, use_rslora, target_modules and task_type
-        from the file.
+        PEFT's `LoraConfig`, with the fields r, lora_alpha, lora_dropout, use_rslora, use_dora, lora_bias,
+        fan_in_fan_out, target_modules and task_type from the file.
 
     Raises:
         CheckpointError: the file cannot be read, describes anything but a LoRA, names modules by a pattern, or sets a
@@ -77,12 +80,12 @@ def read_lora(path: Path) -> Any:
     refused = [
         field
         for field, value in content.items()
-        if field not in used | other and not _neutral(value, defaults.get(field))
+        if field not in used | other and not neutral(value, defaults.get(field))
     ]
     if refused:
         raise CheckpointError(
-            f"{path}: {', '.join(map(ascii, refused[:12]))}: expected a plain LoRA, which leaves these out; learn it "
-            "again with 'tether learn --adapter lora'"
+            f"{path}: {', '.join(map(ascii, refused[:12]))}: expected a plain LoRA, which leaves these out; of an "
+            "adapter made elsewhere 'tether leash' makes one, or learn it again with 'tether learn --adapter lora'"
         )
     lora = checked(_Lora, {field: content[field] for field in content if field in used}, path)
     whole = lora.lora_alpha.is_integer()
@@ -90,8 +93,16 @@ def read_lora(path: Path) -> Any:
     return LoraConfig(**fields, inference_mode=bool(content.get("inference_mode")))
 
 
-# A field that says nothing, whether this version of PEFT knows it or not.
-def _neutral(value: Any, default: Any) -> bool:
+def neutral(value: Any, default: Any) -> bool:
+    """Tell whether a field of a configuration says nothing, whether this version of PEFT knows it or not.
+
+    Args:
+        value: of the field.
+        default: PEFT's, None where it knows none.
+
+    Returns:
+        Whether it is empty, or the default.
+    """
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         default = dataclasses.asdict(default)
     return (
@@ -110,13 +121,21 @@ def check_ranks(config: Any, tensors: Mapping[str, Tensor], where: Path) -> None
     Raises:
         CheckpointError: tensors that are none of a LoRA's, are of another rank, or hold no numbers.
     """
+    ranks: dict[str, tuple[int | None, ...]] = {
+        ".lora_A.weight": (config.r, None),
+        ".lora_B.weight": (None, config.r),
+    }
+    if config.lora_bias:
+        ranks[".lora_B.bias"] = (None,)
+    if config.use_dora:
+        ranks[".lora_magnitude_vector"] = (None,)
     for name, values in tensors.items():
-        kind = name.split(".")[-2] if name.count(".") > 1 else ""
-        rank = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}.get(kind)
+        expected = next((sizes for end, sizes in ranks.items() if name.endswith(end)), None)
+        sizes = tuple(values.shape)
         if (
-            rank is None
-            or values.dim() != 2
-            or values.shape[rank] != config.r
+            expected is None
+            or len(sizes) != len(expected)
+            or any(size not in (None, found) for size, found in zip(expected, sizes, strict=True))
             or not values.is_floating_point()
         ):
             raise CheckpointError(

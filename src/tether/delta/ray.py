@@ -89,7 +89,9 @@ class Ray:
             at, output = self.some, self.needs.output
             loc, _ = at.moved(self.head.scaled(factor))
             law: Iterable[Tensor] = output.log_prob(at.loc)
-            if 4 * len(at.loc) * len(output.weight) <= KEPT_BYTES:
+            # Beside a text that is too large to be held, this is not held either.
+            held = self.source.kept is not None
+            if held and 4 * len(at.loc) * len(output.weight) <= KEPT_BYTES:
                 law = self._law = self._law or list(law)
             self._changes[factor] = served_change(law, loc, self.targets, output)
         return self._changes[factor]

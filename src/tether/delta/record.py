@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from tether.errors import CertificateError, CheckpointError, ConfigError, Tether
 from tether.files import read_bytes
 from tether.names import inside
 from tether.reading import JSON_BYTES, Strict, checked, parse_json, read_json
+from tether.store.opened import Text
 from tether.store.publish import write_json
 from tether.store.signing import sign
 
@@ -26,6 +28,7 @@ __all__ = [
     "Certificate",
     "Settings",
     "check_fields",
+    "check_referable",
     "is_certificate",
     "model_files",
     "read",
@@ -44,7 +47,8 @@ class Certificate(BaseModel):
         model: path, base fingerprint, dtype and sha256 of every file of the fused checkpoint.
         fusion: chart, weights, gates and domains, as the checkpoint says.
         settings: window, tokens, documents, confidence, quantile.
-        texts: for each text its path, sha256 and document hash.
+        texts: for each text its path, sha256 and document hash; `field`, `split` and `control_tokens` where it was read
+            with them.
         figures: for each text what `summarise` gives.
         claims: what the figures mean.
         seal: sha256 over all of the above; shows accidental or careless edits, not forgery, which
@@ -116,8 +120,8 @@ class Certificate(BaseModel):
         loose = [name for name, text in self.texts.items() if text["path"] is None]
         if self.model["path"] is None or loose:
             raise CertificateError(
-                f"model path {self.model['path']}, texts from memory {loose}: a certificate refers to files; write "
-                "the model with save_checkpoint and the texts as JSON lines, and certify those"
+                f"model path {self.model['path']}, texts in no file {loose}: a certificate refers to files; "
+                "write the model with save_checkpoint and the texts as JSON lines, and certify those"
             )
         content = self.model_dump()
         for entry in [content["model"], *content["texts"].values()]:
@@ -217,12 +221,14 @@ def check_fields(certificate: Certificate) -> None:
     Raises:
         CertificateError: one is missing or of another type; the message names it.
     """
-    model = {"path": str, "base_fingerprint": str, "files": dict}
+    model: dict[str, type] = {"path": str, "base_fingerprint": str, "files": dict}
     if certificate.schema_version >= 5:
         model["dtype"] = str
     parts = [("model", certificate.model, model)]
+    of_text: dict[str, type] = {"path": str, "sha256": str, "documents": str}
+    asked: dict[str, type] = {"field": str, "split": str, "control_tokens": bool}
     parts += [
-        (f"texts.{name}", text, {"path": str, "sha256": str, "documents": str})
+        (f"texts.{name}", text, of_text | {key: kind for key, kind in asked.items() if key in text})
         for name, text in certificate.texts.items()
     ]
     if certificate.schema_version >= 5 and certificate.model.get("dtype") not in DTYPES:
@@ -251,6 +257,22 @@ def check_fields(certificate: Certificate) -> None:
                     raise CertificateError(f"figures.{name}.continuations.values: not one for each of ids")
     except (CheckpointError, ConfigError) as error:
         raise CertificateError(str(error)) from error
+
+
+def check_referable(texts: Mapping[str, Text]) -> None:
+    """Refuse texts that a certificate cannot refer to, before they are measured.
+
+    Args:
+        texts: by name.
+
+    Raises:
+        CertificateError: one is in no file or folder.
+    """
+    if loose := [text.seen.name for text in texts.values() if text.path is None]:
+        raise CertificateError(
+            f"{', '.join(loose)}: a certificate refers to files, which whoever checks it reads again; write the text "
+            "down first, as with Dataset.to_json or save_to_disk of datasets, and certify that"
+        )
 
 
 def is_certificate(path: Path) -> bool:

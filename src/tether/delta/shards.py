@@ -4,19 +4,18 @@ import hashlib
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tether.delta.cache import StateCache, backbone_print, cache_states, compute_states, load_states
-from tether.delta.sharded import ShardedStates
+from tether.delta.sharded import FileRows, ShardedStates
 from tether.delta.windows import Windows
 from tether.errors import CheckpointError, ConfigError
+from tether.store.nameless import Nameless
 
 __all__ = [
     "PART_TOKENS",
@@ -109,14 +108,16 @@ def cached(
     # States of a model in half precision are not those of the same model in single precision.
     digest = hashlib.sha256(f"{backbone_print(model)} {model.action.weight.dtype}".encode())
     for values in windows:
-        digest.update(b"" if values is None else values.numpy().tobytes())
+        digest.update(b"" if values is None else values.contiguous().numpy().data)
     if windows.numeric_values is not None:
         digest.update(model.numeric.direction.detach().cpu().float().numpy().tobytes())
     if layers:
         digest.update(repr(tuple(layers)).encode())
     own = folder / f"states-{digest.hexdigest()[:16]}"
-    # Every part was checked, or was written just now.
-    return load_shards(cache_shards(model, windows, own, layers=layers, on_step=on_step), check=False)
+    cache_shards(model, windows, own, layers=layers, on_step=on_step)
+    # Every part was checked against the text, or was written just now.
+    states = ShardedStates([_rows(name) for name in _part_names(own)])
+    return StateCache(windows, states, backbone_print(model), tuple(layers))
 
 
 def read_states(
@@ -128,7 +129,7 @@ def read_states(
 ) -> StateCache:
     """Compute the states of a text for this process alone.
 
-    They lie in a file without a name, memory-mapped: it goes with the process, however that ends.
+    They lie in a file without a name, which goes with the process, however that ends.
 
     Args:
         model: the base.
@@ -142,21 +143,20 @@ def read_states(
     Raises:
         CheckpointError: the disk is full, or a state does not fit float16.
     """
-    width, total, done = 0, len(windows.input_ids), 0
-    with tempfile.TemporaryFile(prefix="tether-") as stream:
-        for part in cut(windows, part_tokens(model, windows, layers)):
-            states = compute_states(model, part, layers=layers, on_step=_after(done, total, on_step))
-            done, width = done + len(states), states.shape[1]
-            try:
-                stream.write(states.numpy().data)
-                stream.flush()
-            except OSError as error:
-                raise CheckpointError(
-                    f"{tempfile.gettempdir()}: no room for {2 * total * width} bytes of states ({error.strerror}); "
-                    "free some space, or name a folder for them (--cache, cache_folder)"
-                ) from error
-        mapped = np.memmap(stream, dtype=np.float16, mode="c", shape=(total, width))
-    return StateCache(windows, torch.from_numpy(mapped), backbone_print(model), tuple(layers))
+    total, done = len(windows.input_ids), 0
+    file, parts = Nameless(), []
+    for part in cut(windows, part_tokens(model, windows, layers)):
+        states = compute_states(model, part, layers=layers, on_step=_after(done, total, on_step))
+        parts.append(FileRows(file, file.size, (len(states), states.shape[1])))
+        done += len(states)
+        try:
+            file.write(states.numpy().data)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file.folder()}: no room for {2 * total * states.shape[1]} bytes of states ({error.strerror}); "
+                "free some space, or name a folder for them (--cache, cache_folder)"
+            ) from error
+    return StateCache(windows, ShardedStates(parts), backbone_print(model), tuple(layers))
 
 
 def _after(
@@ -254,12 +254,7 @@ def load_shards(folder: Path, *, check: bool = True) -> StateCache:
     Raises:
         CheckpointError: no parts, missing or damaged parts, or parts of several bases.
     """
-    names = sorted(folder.glob("part-*.safetensors"))
-    promised = int(names[0].stem.rpartition("-of-")[2]) if names else 0
-    if len(names) != promised or not names:
-        raise CheckpointError(
-            f"{folder}: {len(names)} of {promised or 'no'} parts are there; run the caching again to go on with it"
-        )
+    names = _part_names(folder)
     parts = [load_states(name, check=check) for name in names]
     if len({(part.base, part.layers) for part in parts}) > 1:
         raise CheckpointError(
@@ -274,8 +269,27 @@ def load_shards(folder: Path, *, check: bool = True) -> StateCache:
     values = [text.numeric_values for text in texts if text.numeric_values is not None]
     numbers = torch.cat(values) if values else None
     windows = Windows(ids, targets, documents, torch.cat([*starts, offsets[-1:]]), numbers)
-    tensors = [part.states for part in parts if isinstance(part.states, torch.Tensor)]
-    return StateCache(windows, ShardedStates(tensors), parts[0].base, parts[0].layers)
+    return StateCache(windows, ShardedStates(list(map(_rows, names))), parts[0].base, parts[0].layers)
+
+
+def _part_names(folder: Path) -> list[Path]:
+    names = sorted(folder.glob("part-*.safetensors"))
+    promised = int(names[0].stem.rpartition("-of-")[2]) if names else 0
+    if len(names) != promised or not names:
+        raise CheckpointError(
+            f"{folder}: {len(names)} of {promised or 'no'} parts are there; run the caching again to go on with it"
+        )
+    return names
+
+
+# The states of a part, which `load_states` has looked at.
+def _rows(name: Path) -> FileRows:
+    from tether.store.reader import CheckpointReader
+
+    reader = CheckpointReader(name)
+    file, begin, _ = reader.span("states")
+    rows, width = reader.shape("states")
+    return FileRows(file, begin, (rows, width))
 
 
 def _processes() -> tuple[int, int, Callable[[], None]]:

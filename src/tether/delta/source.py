@@ -14,8 +14,9 @@ from tether.delta.values import next_values
 
 __all__ = ["Source", "reference", "set_aside", "spread"]
 
-KEPT_BYTES = 1_000_000_000
-"""Texts whose features, loc and scale take less than this in float32 are held in memory."""
+KEPT_BYTES, MIXED_BYTES = 300_000_000, 1_000_000_000
+"""Size of a text's features, loc and scale in float32: up to the first it is held in memory, up to the second it is
+shuffled as a whole, beyond that part by part."""
 PIECE = 4096
 
 
@@ -46,8 +47,6 @@ class Source:
         basis: what states are read in; None leaves them as they are.
 
     Attributes:
-        targets: next tokens, shape (n,), on the model's device.
-        documents: document of each token, shape (n,), on the CPU.
         values: the next token's number in the units of Y, nan where it is none, shape (n,), on the model's device.
     """
 
@@ -55,23 +54,52 @@ class Source:
         self, model: Any, cache: StateCache, documents: Tensor | None = None, basis: Basis | None = None
     ) -> None:
         self.model, self.states, self.basis = model, cache.states, basis
-        kept = cache.windows.targets >= 0
+        windows = cache.windows
+        kept = windows.targets >= 0
         if documents is not None:
-            kept &= torch.isin(cache.windows.documents, documents)
+            # A window lies inside one document: asked once for each, and not for every token.
+            of_window = torch.isin(windows.documents[windows.starts[:-1]], documents)
+            kept &= of_window.repeat_interleave(windows.starts.diff())
         self.rows = kept.nonzero().squeeze(-1)
         device = model.action.weight.device
-        self.targets = cache.windows.targets[self.rows].to(device)
-        self.documents = cache.windows.documents[self.rows]
-        self.values = next_values(model, cache.windows)[self.rows].to(device)
-        width = cache.states.shape[1] + 2 * model.abduction.loc.out_features
+        self._windows, self._device = windows, device
+        self.values = torch.full((1,), torch.nan, device=device).expand(len(self.rows))
+        if windows.numeric_values is not None:
+            self.values = next_values(model, windows)[self.rows].to(device)
+        self._bytes = 4 * (cache.states.shape[1] + 2 * model.abduction.loc.out_features) * len(self.rows)
         self.kept: Reference | None = None
-        if 4 * width * len(self.rows) <= KEPT_BYTES and len(self.rows):
+        if self._bytes <= KEPT_BYTES and len(self.rows):
             # In pieces: the whole states are then never held in single precision where they are reduced.
-            pieces = [self._read(part) for part in self.rows.split(PIECE)]
-            self.kept = Reference(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+            for at, part in enumerate(self.rows.split(PIECE)):
+                piece = self._read(part)
+                if self.kept is None:
+                    self.kept = Reference(*(v.new_empty(len(self.rows), *v.shape[1:]) for v in piece))
+                for whole, values in zip(self.kept, piece, strict=True):
+                    whole[at * PIECE : at * PIECE + len(values)] = values
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def targets(self) -> Tensor:
+        """Next tokens, shape (n,), on the model's device."""
+        return self._windows.targets[self.rows].to(self._device)
+
+    def next_tokens(self, index: Tensor) -> Tensor:
+        """Give the next tokens of some tokens, without a copy of all.
+
+        Args:
+            index: which of them, shape (m,).
+
+        Returns:
+            Ids, shape (m,), on the model's device.
+        """
+        return self._windows.targets[self.rows[index]].to(self._device)
+
+    @property
+    def documents(self) -> Tensor:
+        """Document of each token, shape (n,), on the CPU."""
+        return self._windows.documents[self.rows]
 
     def take(self, index: Tensor) -> Reference:
         """Read some tokens.
@@ -104,8 +132,7 @@ class Source:
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Shuffle the tokens and cut them into batches.
 
-        Where they are read from several parts on disk, parts are shuffled, and tokens within each: a batch
-        then touches one or two files.
+        Of a large text on disk, parts are shuffled, and tokens within each: a batch then touches one or two parts.
 
         Args:
             size: tokens a batch.
@@ -114,15 +141,17 @@ class Source:
         Yields:
             Indices for `take`, every token once.
         """
-        if self.kept is not None or not isinstance(self.states, ShardedStates):
+        if self._bytes <= MIXED_BYTES or not isinstance(self.states, ShardedStates):
             yield from torch.randperm(len(self), generator=generator).split(size)
             return
-        of_part = torch.searchsorted(self.states.ends, self.rows, right=True)
-        order = []
+        # Rows ascend, so those of a part follow each other.
+        edges = [0, *torch.searchsorted(self.rows, self.states.ends).tolist()]
+        order, done = torch.empty(len(self), dtype=torch.int32), 0
         for part in torch.randperm(len(self.states.parts), generator=generator).tolist():
-            inside = (of_part == part).nonzero().squeeze(-1)
-            order.append(inside[torch.randperm(len(inside), generator=generator)])
-        yield from torch.cat(order).split(size)
+            begin, end = edges[part : part + 2]
+            order[done : done + end - begin] = begin + torch.randperm(end - begin, generator=generator)
+            done += end - begin
+        yield from (index.long() for index in order.split(size))
 
 
 def set_aside(documents: Tensor, share: float) -> tuple[Tensor, Tensor]:

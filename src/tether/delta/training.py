@@ -279,7 +279,7 @@ class Training:
 
     def _step(self, optimizer: torch.optim.Optimizer, rows: Tensor, whole: bool) -> tuple[float, float]:
         fit, budget = self.fit, self.fit.budget
-        at, targets = self.source.take(rows), self.source.targets[rows]
+        at, targets = self.source.take(rows), self.source.next_tokens(rows)
         head = self.head()
         x, y = head.displacement(at.states, scale=at.scale)
         own = drift(x, y).sum(-1) if budget.penalty is not None else None

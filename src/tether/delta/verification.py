@@ -19,8 +19,7 @@ from tether.delta.same_base import unlike
 from tether.delta.windows import reader
 from tether.errors import CertificateError, CheckpointError, IdentityError
 from tether.names import inside
-from tether.store.documents import read_documents, text_hash
-from tether.store.hashing import sha256_file
+from tether.store.documents import read_documents, source_hash, text_hash
 from tether.store.signing import check
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ ADDED = {
 """Figures that certificates of older schemas do not have."""
 WHOLE = 3
 """Up to this schema the document that reached the limit of tokens was measured whole."""
+CONTROL = 9
+"""Up to this schema control tokens in plain texts and in prompts were read as such."""
 MEANS = 8
 """Up to this schema `alone` held means of deltas, and of adapters fused as a sum."""
 TOLERANCE = 2e-3
@@ -90,12 +91,12 @@ def verify(
         )
     if not claims.are_known(certificate.claims, certificate.schema_version):
         wrong.append("the claims are not those of this kind of certificate")
-    named = {str(inside(model, file)): sha256 for file, sha256 in certificate.model["files"].items()}
-    named |= {str(folder / text["path"]): text["sha256"] for text in certificate.texts.values()}
+    named = {inside(model, file): sha256 for file, sha256 in certificate.model["files"].items()}
+    named |= {folder / text["path"]: text["sha256"] for text in certificate.texts.values()}
     for file, sha256 in named.items():
-        if not Path(file).is_file():
+        if not (file.is_file() or file.is_dir()):
             wrong.append(f"{file} is missing")
-        elif sha256_file(file) != sha256:
+        elif source_hash(file) != sha256:
             wrong.append(f"{file} has changed since the certificate was made")
     if wrong:
         return wrong
@@ -189,7 +190,13 @@ def _figures_again(
     # Up to that schema numbers were read as other words.
     tokenizer = without_numbers(tokenizer) if certificate.schema_version <= 4 else reader(fused, tokenizer)
     for name, text in certificate.texts.items():
-        documents = read_documents(folder / text["path"])
+        split = f":{text['split']}" if "split" in text else ""
+        control = text.get("control_tokens", False)
+        documents = read_documents(
+            f"{folder / text['path']}{split}", field=text.get("field"), control=control, fetch=False
+        )
+        if certificate.schema_version <= CONTROL and documents.kind != "messages":
+            documents = documents.with_control()
         if text_hash(documents) != text["documents"]:
             wrong.append(f"text {name}: its documents are not the ones described")
         stated = certificate.figures[name]

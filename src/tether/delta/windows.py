@@ -1,19 +1,22 @@
 """Documents -> windows of tokens, each inside one document."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tether.causal.encoded import Encoded, encode, encode_blocks
 from tether.causal.losses import IGNORE
 from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
 from tether.store.documents import beginning
-from tether.store.marked import Marked
+from tether.store.marked import Controlled, Marked
+from tether.store.opened import Text
 
-__all__ = ["Batch", "Encoded", "Windows", "encode", "encode_marked", "reader", "window_text"]
+__all__ = ["Batch", "Windows", "reader", "window_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,23 @@ class Windows(NamedTuple):
         values = None if self.numeric_values is None else torch.where(mask, self.numeric_values[index], 0)
         return Batch(rows, torch.where(mask, self.input_ids[index], 0), mask, values)
 
+    def some(self, rows: Tensor) -> "Windows":
+        """Take some windows.
+
+        Args:
+            rows: which, ascending, shape (W',).
+
+        Returns:
+            The text of those windows; documents keep their numbers.
+        """
+        lengths = self.starts.diff()
+        chosen = torch.zeros(len(lengths), dtype=torch.bool)
+        chosen[rows] = True
+        kept = chosen.repeat_interleave(lengths)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[chosen].cumsum(0)])
+        values = None if self.numeric_values is None else self.numeric_values[kept]
+        return Windows(self.input_ids[kept], self.targets[kept], self.documents[kept], starts, values)
+
     def positions(self, batch: Batch) -> Tensor:
         """Give the offsets of a batch's tokens in the flat layout.
 
@@ -138,23 +158,34 @@ def window_text(
         raise ConfigError(f"window of {length}, tokens={tokens}: expected at least 2 and at least 1")
     if tokenizer is None:
         raise ConfigError("tokenizer=None: expected the base model's tokenizer; tether.load returns both")
-    pieces: list[tuple[int, list[int], list[float], list[bool]]] = []
-    total = skipped = read = 0
+    # Compact arrays: a Python list of ids would take ten times their room.
+    ids, values, marks = array("i"), array("d"), array("b")
+    lengths, numbers = array("i"), array("q")
+    numeric, marked = isinstance(tokenizer, NumericTokenizer), False
+    skipped = read = 0
     for number in range(len(documents)):
         wanted = [per_document * length] if per_document is not None else []
-        wanted += [tokens - total + length] if tokens is not None and not whole else []
-        encoded = _encode_beginning(tokenizer, documents, number, min(wanted, default=None))
-        ends = range(0, len(encoded.ids), length)
-        cuts = [encoded.cut(at, at + length) for at in ends]
-        kept = [cut for cut in cuts if _worth(cut, min(SHORTEST, length))][:per_document]
-        read, skipped = read + 1, skipped + (not kept)
-        for cut in kept:
-            pieces.append((number, *cut))
-            total += len(cut.ids)
-            if tokens is not None and total >= tokens and not whole:
+        wanted += [tokens - len(ids) + length] if tokens is not None and not whole else []
+        pieces = _pieces(tokenizer, documents, number, min(wanted, default=None))
+        kept = 0
+        for cut in _windows(pieces, length):
+            if per_document is not None and kept == per_document:
                 break
-        if tokens is not None and total >= tokens:
+            if not _worth(cut, min(SHORTEST, length)):
+                continue
+            ids.extend(cut.ids)
+            values.extend(cut.values)
+            marks.extend(cut.learnt or [True] * len(cut.ids))
+            marked = marked or bool(cut.learnt)
+            lengths.append(len(cut.ids))
+            numbers.append(number)
+            kept += 1
+            if tokens is not None and len(ids) >= tokens and not whole:
+                break
+        read, skipped = read + 1, skipped + (not kept)
+        if tokens is not None and len(ids) >= tokens:
             break
+    total = len(ids)
     if total < (min(SHORTEST, length) if short else length):
         raise ConfigError(
             f"{name} gives {total} tokens in windows of at least {min(SHORTEST, length)}: expected at least one "
@@ -168,20 +199,16 @@ def window_text(
             read,
             min(SHORTEST, length),
         )
-    lengths = torch.tensor([len(ids) for _, ids, *_ in pieces])
-    input_ids = torch.tensor([token for _, ids, *_ in pieces for token in ids])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    sizes = torch.frombuffer(lengths, dtype=torch.int32).long()
+    input_ids = torch.frombuffer(ids, dtype=torch.int32).long()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     targets = torch.cat([input_ids[1:], torch.tensor([IGNORE])])
-    if any(marks for *_, marks in pieces):
-        learnt = [each for _, ids, _, marks in pieces for each in marks or [True] * len(ids)]
-        targets[:-1][~torch.tensor(learnt)[1:]] = IGNORE
+    if marked:
+        targets[:-1][torch.frombuffer(marks, dtype=torch.int8)[1:] == 0] = IGNORE
     targets[starts[1:] - 1] = IGNORE
-    numbers = torch.tensor([number for number, *_ in pieces]).repeat_interleave(lengths)
-    numeric_values = None
-    if isinstance(tokenizer, NumericTokenizer):
-        values = [value for _, _, found, _ in pieces for value in found]
-        numeric_values = torch.tensor(values, dtype=torch.float64)
-    return Windows(input_ids, targets, numbers, starts, numeric_values)
+    of_token = torch.frombuffer(numbers, dtype=torch.int64).repeat_interleave(sizes)
+    numeric_values = torch.frombuffer(values, dtype=torch.float64).clone() if numeric else None
+    return Windows(input_ids, targets, of_token, starts, numeric_values)
 
 
 def reader(model: Any, tokenizer: Any) -> Any:
@@ -198,100 +225,43 @@ def reader(model: Any, tokenizer: Any) -> Any:
     return tokenizer if known is None or tokenizer is None else model.add_numbers(tokenizer)
 
 
-def encode(tokenizer: Any, text: str) -> tuple[list[int], list[float]]:
-    """Tokenise one text.
-
-    Args:
-        tokenizer: plain or numeric.
-        text: the text.
-
-    Returns:
-        Ids and numbers, of one length; without numbers the second list is empty.
-    """
-    if isinstance(text, Marked):
-        return encode_marked(tokenizer, text)[:2]
-    if isinstance(tokenizer, NumericTokenizer):
-        encoded = tokenizer(text)
-        return list(encoded["input_ids"]), list(encoded["numeric_values"])
-    return tokenizer(text, truncation=False, verbose=False)["input_ids"], []
-
-
-class Encoded(NamedTuple):
-    """A document, or a window of it.
-
-    Attributes:
-        ids: of its tokens.
-        values: the numbers at each, or empty without numbers.
-        learnt: which tokens are learnt, or empty where all are.
-    """
-
-    ids: list[int]
-    values: list[float]
-    learnt: list[bool]
-
-    def cut(self, begin: int, end: int) -> "Encoded":
-        """Cut a window out.
-
-        Args:
-            begin: its first token.
-            end: the one after its last.
-
-        Returns:
-            The window, shorter where the document ends.
-        """
-        part = slice(begin, end)
-        return Encoded(self.ids[part], self.values[part], self.learnt[part])
-
-
-def encode_marked(tokenizer: Any, document: Marked) -> Encoded:
-    """Tokenise a document of which a part is learnt, piece by piece.
-
-    Pieces are tokenised apart, so that what is learnt after a prompt is what follows it when a model goes on from it.
-
-    Args:
-        tokenizer: plain or numeric.
-        document: the document.
-
-    Returns:
-        Its tokens.
-    """
-    found = Encoded([], [], [])
-    begins = not document.is_conversation
-    for part in document.parts(tokenizer):
-        options = {"add_special_tokens": begins, **part.options(tokenizer)}
-        begins = False
-        if isinstance(tokenizer, NumericTokenizer):
-            encoded = tokenizer(part.text, **options)
-            found.values.extend(encoded["numeric_values"])
-        else:
-            encoded = tokenizer(part.text, truncation=False, verbose=False, **options)
-        found.ids.extend(encoded["input_ids"])
-        found.learnt.extend([part.learnt] * len(encoded["input_ids"]))
-    return found
-
-
 # Of a conversation every window counts in which something is learnt, however short.
 def _worth(cut: Encoded, shortest: int) -> bool:
     return any(cut.learnt[1:]) if cut.learnt else len(cut.ids) >= shortest
 
 
-# A document's first tokens, at least as many as wanted, as they are in the whole document.
-def _encode_beginning(tokenizer: Any, documents: Sequence[str], number: int, wanted: int | None) -> Encoded:
+# A document's tokens some at a time; where so many are wanted, at least as many as that, as they are in the whole.
+def _pieces(tokenizer: Any, documents: Sequence[str], number: int, wanted: int | None) -> Iterator[Encoded]:
     if wanted is None:
-        document = documents[number]
-        if isinstance(document, Marked):
-            return encode_marked(tokenizer, document)
-        return Encoded(*encode(tokenizer, document), [])
+        if isinstance(documents, Text) and documents.kind == "text":
+            yield from encode_blocks(tokenizer, documents.blocks(number), control=documents.seen.control)
+        else:
+            yield encode(tokenizer, documents[number])
+        return
     characters = LETTERS * (wanted + SEAM)
     while True:
         text = beginning(documents, number, characters + 1)
-        if isinstance(text, Marked):
-            return encode_marked(tokenizer, text)
-        if len(text) <= characters:
-            return Encoded(*encode(tokenizer, text), [])
+        if isinstance(text, Marked) or len(text) <= characters:
+            yield encode(tokenizer, text)
+            return
         # Where a word ends, the tokens before it know nothing of what follows.
         space = max(text.rfind(" "), text.rfind("\n"))
-        ids, values = encode(tokenizer, text[:space] if 2 * space > characters else text)
-        if len(ids) - SEAM >= wanted:
-            return Encoded(ids[:-SEAM], values[:-SEAM], [])
+        part = text[:space] if 2 * space > characters else text
+        encoded = encode(tokenizer, Controlled(part) if isinstance(text, Controlled) else part)
+        if len(encoded.ids) - SEAM >= wanted:
+            yield encoded.cut(0, len(encoded.ids) - SEAM)
+            return
         characters *= 2
+
+
+# The windows of a document, the last one as short as it is.
+def _windows(pieces: Iterable[Encoded], length: int) -> Iterator[Encoded]:
+    rest = Encoded([], [], [])
+    for piece in pieces:
+        rest = rest.join(piece)
+        full = len(rest.ids) // length * length
+        for begin in range(0, full, length):
+            yield rest.cut(begin, begin + length)
+        rest = rest.cut(full)
+    if rest.ids:
+        yield rest

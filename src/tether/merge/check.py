@@ -200,7 +200,8 @@ def read_texts(wanted: Check, tokenizer: Path) -> dict[str, Windows]:
         CheckpointError: If the tokenizer cannot be loaded.
         ConfigError: If a text is missing, empty or shorter than a window.
     """  # noqa: DOC502 - raised by what it calls
-    documents = {name: read_documents(path) for name, path in wanted.text.items()}
+    # A recipe is a file, and may come from somebody else: nothing is fetched because it says so.
+    documents = {name: read_documents(path, fetch=False) for name, path in wanted.text.items()}
     reader = load_tokenizer(tokenizer)
     return {
         name: window_text(

@@ -1,6 +1,6 @@
 """Two checkpoints read the same text, and the units of one are found in the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tether.merge.axes import Sizes
 from tether.merge.check import load_checkpoint, load_tokenizer
 from tether.merge.companions import differing_tokens, locate, read_folder
 from tether.merge.opening import Opened, open_model
-from tether.store.documents import read_documents
+from tether.store.documents import documents_of
 
 __all__ = ["align_checkpoints"]
 
@@ -23,7 +23,7 @@ _WINDOW = 64
 def align_checkpoints(
     target: str,
     source: str,
-    text: Path,
+    text: str | Path | Sequence[str],
     out: Path,
     *,
     tokens: int = 2048,
@@ -35,7 +35,7 @@ def align_checkpoints(
     Args:
         target: the model in whose coordinates a merge will be: a path, alias or hub id.
         source: the model that will be brought there, of the same tokenizer.
-        text: what both read.
+        text: what both read, as `tether.store.documents.documents_of` takes it.
         out: the file of maps.
         tokens: about how many tokens.
         device: where the models run, one after the other; None is the CPU.
@@ -48,7 +48,7 @@ def align_checkpoints(
         ConfigError: If the tokenizers differ, the text is too short, or heads cannot correspond.
         CheckpointError: If a model cannot be read, or has no structure that is known.
     """  # noqa: DOC502 - CheckpointError is raised by _sizes and what it calls
-    documents = read_documents(text)
+    documents = documents_of(text)
     folders = [read_folder(locate(name)) for name in (target, source)]
     if difference := differing_tokens(*folders):
         raise ConfigError(
@@ -58,9 +58,7 @@ def align_checkpoints(
     lengths = [
         _sizes(open_model(name, folder)) for name, folder in zip((target, source), folders, strict=True)
     ]
-    windows = window_text(
-        documents, load_tokenizer(folders[0].weights), length=_WINDOW, tokens=tokens, name=str(text)
-    )
+    windows = window_text(documents, load_tokenizer(folders[0].weights), length=_WINDOW, tokens=tokens)
     # Windows of one length go side by side, so that documents shorter than a window count too.
     spans = windows.starts.diff()
     groups = [

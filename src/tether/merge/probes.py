@@ -15,6 +15,9 @@ from tether.errors import CheckpointError, ConfigError, TetherError
 from tether.files import LINE_BYTES, is_plain, read_bytes
 from tether.names import inside
 from tether.reading import Strict, parse_as
+from tether.store.documents import read_documents
+from tether.store.named import is_saved
+from tether.store.tables import TABLES, suffixes
 
 __all__ = [
     "EncodedProbe",
@@ -64,7 +67,8 @@ def read_probes(path: str | Path) -> list[Probe]:
     """Read probes: JSON lines, or a folder in the `datasets` ImageFolder layout.
 
     A line has `text` and, optionally, `image`, a path inside the file's folder. A folder holds
-    `metadata.jsonl` whose lines have `text` and `file_name` (the name ImageFolder gives the image).
+    `metadata.jsonl` whose lines have `text` and `file_name` (the name ImageFolder gives the image). A table, and a
+    folder written by `save_to_disk`, give probes of text alone, see `tether.store.documents.read_documents`.
 
     Args:
         path: the file or folder.
@@ -74,16 +78,16 @@ def read_probes(path: str | Path) -> list[Probe]:
 
     Raises:
         ConfigError: nothing there, a line is no such object, a text is empty, or images are missing (all are
-            named); a folder written by `save_to_disk` (Arrow) is refused with the way to export it.
+            named).
     """
     path = Path(path)
     folder = path.is_dir()
+    if is_saved(path) if folder else suffixes(path)[0] in TABLES:
+        return _of_text(path)
     if folder and not (path / METADATA).is_file():
-        arrow = (path / "dataset_info.json").is_file() or any(path.glob("*.arrow"))
-        hint = (
-            "export it with Dataset.to_json" if arrow else f"write {METADATA} with text and file_name a line"
+        raise ConfigError(
+            f"{path}: expected {METADATA} in the folder (ImageFolder layout); write it with text and file_name a line"
         )
-        raise ConfigError(f"{path}: expected {METADATA} in the folder (ImageFolder layout); {hint}")
     file = path / METADATA if folder else path
     if not file.is_file():
         raise ConfigError(f"{path}: no such probe file; expected JSON lines with text and, optionally, image")
@@ -115,6 +119,13 @@ def read_probes(path: str | Path) -> list[Probe]:
     if not probes:
         raise ConfigError(f"{file}: no probes in it; expected at least one line")
     return probes
+
+
+def _of_text(path: Path) -> list[Probe]:
+    text = read_documents(path, fetch=False)
+    if text.kind != "text":
+        raise ConfigError(f"{text.recognised}; expected probes with a field 'text'")
+    return [Probe(text=document) for document in text]
 
 
 def encode_probes(

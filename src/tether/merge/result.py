@@ -14,6 +14,7 @@ from tether.merge.recipe import Recipe
 from tether.merge.report import REPORT, read_report
 from tether.merge.staging import refuse_occupied
 from tether.merge.survey import Survey, survey
+from tether.store.documents import source_hash
 from tether.store.hashing import file_chunks, sha256_file
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import write_json
@@ -77,7 +78,7 @@ def refine_files(recipe: Recipe) -> dict[str, str]:
         probes = probes / METADATA
     paths = {str(probes)} if probes else set()
     return {
-        path: sha256_file(path) for path in sorted(paths | set(refine.text.values() if refine.reads else ()))
+        path: source_hash(path) for path in sorted(paths | set(refine.text.values() if refine.reads else ()))
     }
 
 
@@ -166,7 +167,7 @@ def published(plan: Plan, out: Path, threads: int) -> dict[str, Any] | None:
     inputs = describe_inputs(
         plan,
         found,
-        {path: sha256_file(path) for path in texts},
+        {path: source_hash(path) for path in texts},
         {str(file): sha256_file(file) for file in _companions(plan)},
     )
     if manifest.inputs != inputs:

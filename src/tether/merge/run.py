@@ -17,6 +17,7 @@ from tether.merge.stream import stream
 from tether.merge.survey import Survey, check_observed, survey
 from tether.merge.tefm.switches import Options
 from tether.scale import Met, meet_budget
+from tether.store.documents import source_hash
 from tether.store.hashing import sha256_file
 from tether.store.manifest import Input
 from tether.store.reader import CheckpointReader
@@ -273,9 +274,9 @@ def _measure(plan: Plan, wanted: Check, steps: Reporter) -> tuple[Measure, Texts
 
     paths = sorted(set(wanted.text.values()))
     # A text that is missing is said better by its reader.
-    before = {path: sha256_file(path) for path in paths if Path(path).is_file()}
+    before = {path: source_hash(path) for path in paths if Path(path).exists()}
     windows = read_texts(wanted, donor.weights)
-    texts = {path: sha256_file(path) for path in paths}
+    texts = {path: source_hash(path) for path in paths}
     if changed := [path for path in paths if before.get(path) != texts[path]]:
         raise CheckpointError(
             f"{', '.join(changed)} was changed while it was read; start the same merge again"

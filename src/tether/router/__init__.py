@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tether.router.attach import find_sites, make_site
+    from tether.router.callback import RoutingCallback
+    from tether.router.course import RoutingCourse
     from tether.router.experts import Experts
     from tether.router.fisher import delta_cost, empirical_fisher
     from tether.router.journal import RouteJournal
     from tether.router.metrics import RouteStatistics
     from tether.router.mixture import upcycle
+    from tether.router.options import Shaping
     from tether.router.shaper import RoutingShaper
     from tether.router.training import RouterFit, train_routers
 
@@ -21,7 +24,10 @@ _NAMES = {
     "RouteJournal": "journal",
     "RouteStatistics": "metrics",
     "RouterFit": "training",
+    "RoutingCallback": "callback",
+    "RoutingCourse": "course",
     "RoutingShaper": "shaper",
+    "Shaping": "options",
     "delta_cost": "fisher",
     "empirical_fisher": "fisher",
     "find_sites": "attach",
@@ -35,7 +41,10 @@ __all__ = [
     "RouteJournal",
     "RouteStatistics",
     "RouterFit",
+    "RoutingCallback",
+    "RoutingCourse",
     "RoutingShaper",
+    "Shaping",
     "delta_cost",
     "empirical_fisher",
     "find_sites",

@@ -1,17 +1,23 @@
-"""A run's routing on disk and on paper: reports as CSV or JSON lines, and a figure of load and tasks."""
+"""A run's routing on disk and on paper: reports as CSV or JSON lines, figures of load and tasks, and of a course."""
 
 import csv
+import importlib.util
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tether.errors import ConfigError
+from tether.reading import finite
+from tether.store.publish import publish_file, write_json
 
-__all__ = ["RouteJournal", "routing_png"]
+__all__ = ["RouteJournal", "loads_png", "routing_png", "write_course"]
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (
     "step", "layer", "eff_k", "effective_experts", "max_violation", "dead", "rmi", "nrmi", "itjd", "drift", "tokens",
@@ -100,6 +106,72 @@ def routing_png(report: dict[str, Any], tasks: Sequence[str] | None = None) -> b
         for axis in (bars, heat):
             axis.set_xlabel("expert", fontsize=7)
             axis.tick_params(labelsize=7)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=110)
+    return target.getvalue()
+
+
+def write_course(folder: Path, report: Mapping[str, Any]) -> list[Path]:
+    """Write what became of a training's experts: `routing.json`, and `routing.png` where matplotlib is installed.
+
+    Args:
+        folder: exists; files of these names are replaced.
+        report: from `RoutingCourse.report`.
+
+    Returns:
+        The files.
+    """
+    written = [folder / "routing.json"]
+    write_json(written[0], finite(dict(report)))
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no figure of the routing: it needs matplotlib; install 'tether[plot]'")
+        return written
+    written.append(folder / "routing.png")
+    with publish_file(written[1]) as target:
+        target.write_bytes(loads_png(report))
+    return written
+
+
+def loads_png(report: Mapping[str, Any]) -> bytes:
+    """Draw the load of every expert of every layer at the end of a training, and how many were dead on the way.
+
+    Args:
+        report: from `RoutingCourse.report`.
+
+    Returns:
+        The image, PNG. A cross marks a dead expert.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("figures need matplotlib; install 'tether[plot]'") from error
+    layers = report["layers"]
+    experts = max(len(row["load"]) for row in layers.values())
+    # Layers of fewer experts leave the rest of their row empty.
+    share = np.full((len(layers), experts), np.nan)
+    for row, layer in zip(share, layers.values(), strict=True):
+        row[: len(layer["load"])] = np.asarray(layer["load"]) * len(layer["load"])
+    figure = Figure(figsize=(9.0, max(2.6, 0.22 * len(layers) + 1.2)), layout="constrained")
+    heat, line = figure.subplots(1, 2, width_ratios=(3, 2))
+    image = heat.imshow(share, aspect="auto", vmin=0, cmap="viridis")
+    rows = [(row, expert) for row, layer in enumerate(layers.values()) for expert in layer["dead"]]
+    heat.plot([expert for _, expert in rows], [row for row, _ in rows], "x", color="#ffffff", markersize=5)
+    heat.set_yticks(range(len(layers)), list(layers), fontsize=6)
+    heat.set_xlabel("expert", fontsize=7)
+    heat.set_title("load at the end, in fair shares; crosses: dead", fontsize=8)
+    figure.colorbar(image, ax=heat).ax.tick_params(labelsize=7)
+    history = report["history"]
+    line.plot(
+        [entry["step"] for entry in history], [entry["dead"] for entry in history], ".-", color="#33658a"
+    )
+    line.set_ylim(bottom=0)
+    line.set_xlabel("step", fontsize=7)
+    line.set_title(f"dead experts of all layers; form {report['form']}, lam {report['lam']:g}", fontsize=8)
+    for axis in (heat, line):
+        axis.tick_params(labelsize=7)
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=110)
     return target.getvalue()

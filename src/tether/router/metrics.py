@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as distributed
 from jaxtyping import Float, Int
 from scipy.stats import random_table
 from torch import Tensor
@@ -205,6 +206,19 @@ class RouteStatistics:
             self.assigned += full.sum(0)
         self.used += float(effective_count(full).sum())
         self.tokens += len(share)
+
+    def pool(self, device: torch.device) -> None:
+        """Add up the counts of all processes, which call it together and have counted as many tasks each.
+
+        Args:
+            device: where the processes can exchange tensors.
+        """
+        counts = (self.gates, self.first, self.assigned, torch.tensor([self.used, float(self.tokens)]))
+        flat = torch.cat([count.double().flatten() for count in counts]).to(device)
+        distributed.all_reduce(flat)
+        gates, first, self.assigned, rest = flat.cpu().split([count.numel() for count in counts])
+        self.gates, self.first = gates.view_as(self.gates), first.view_as(self.first).long()
+        self.used, self.tokens = float(rest[0]), int(rest[1])
 
     def summary(self) -> dict[str, Any]:
         """Compute the metrics.

@@ -23,6 +23,7 @@ from tether.router.watch import (
     layer_means,
     make_watch,
     needed_routes,
+    world,
 )
 
 __all__ = ["RouterObserver"]
@@ -173,13 +174,16 @@ class RouterObserver:
             held = self._observed.setdefault(watch.site.name, RouteStatistics(1, watch.site.count))
             count_routes(held, needed_routes(watch), task_ids, mask, self._sequences)
 
-    def report(self, task_ids: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
+    def report(
+        self, task_ids: Tensor | None = None, mask: Tensor | None = None, *, pooled: bool = False
+    ) -> dict[str, Any]:
         """Describe the routing, of the last forward pass or of all that `observe` counted.
 
         Args:
             task_ids: task of each sequence, shape (B,), or token, shape (B, T) or (n,), of the last pass; None
                 reports what `observe` counted (and begins anew), or else the last pass as one task.
             mask: which tokens of the last pass count.
+            pooled: add up the counts of all processes, which ask for it together.
 
         Returns:
             `layers` (metrics by layer, see `RouteStatistics.summary`, with `drift` after `mark`), `mean` (of the
@@ -192,6 +196,8 @@ class RouterObserver:
             if held is None:
                 held = RouteStatistics(1, watch.site.count)
                 count_routes(held, needed_routes(watch), task_ids, mask, self._sequences)
+            if pooled and world() > 1:
+                held.pool(next(watch.site.router.parameters()).device)
             row = held.summary()
             routes = watch.routes()
             if watch.marked is not None and routes is not None and len(watch.marked) == len(routes.logits):

@@ -1,13 +1,14 @@
 """Options of a shaper, checked before anything is touched."""
 
 import math
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
 from tether.errors import ConfigError
-from tether.router.cost import COSTS
+from tether.router.cost import CAP, COSTS
 
-__all__ = ["COSTLY", "FORMS", "STRONG", "check_options", "inner_optimizer"]
+__all__ = ["COSTLY", "EVERY", "FORMS", "STRONG", "Shaping", "check_options", "inner_optimizer"]
 
 FORMS = {
     "tax": "lam * sum p c: mean probability times normalised cost",
@@ -24,6 +25,38 @@ COSTLY = ("tax", "balance", "prior", "goodness")
 """Forms that need to know what experts cost."""
 STRONG = 0.05
 """A tax or balance from here on tends to undo specialisation."""
+EVERY = 10
+"""Steps between two readings of the cost: at every step they would take about 2 % of its time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shaping:
+    """How a training shapes the routers of the model that it trains.
+
+    Attributes:
+        form: one of `FORMS` but `bias`.
+        cost: one of `tether.router.cost.COSTS`.
+        lam: strength, finite, >= 0.
+
+    Raises:
+        ConfigError: unknown, out of range or without effect, see `check_options`, or form `bias`.
+
+    Example:
+        >>> Shaping(form="prior", lam=0.05).cost
+        'information'
+    """
+
+    form: str = "balance"
+    cost: str = "information"
+    lam: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_options(self.form, self.cost, self.lam, EVERY, 0.0, 0.0, CAP)
+        if self.form == "bias":
+            raise ConfigError(
+                "form='bias': its bias on the choice is no weight of the model, and what a training saves would choose "
+                "without it; use balance, prior or switch, or RoutingShaper in a loop of your own"
+            )
 
 
 def check_options(form: str, cost: str, lam: float, every: int, z: float, rate: float, cap: float) -> None:

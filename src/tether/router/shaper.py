@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from tether.errors import ConfigError, ShapeError
 from tether.router.attach import Site, make_site
-from tether.router.cost import CAP
+from tether.router.cost import CAP, PAPER
 from tether.router.observer import RouterObserver
-from tether.router.options import COSTLY, FORMS, STRONG, check_options, inner_optimizer
+from tether.router.options import COSTLY, EVERY, FORMS, STRONG, check_options, inner_optimizer
 from tether.router.shaping import z_loss
 from tether.router.terms import live_logits, shaping_terms
 from tether.router.watch import make_watch
@@ -73,7 +73,7 @@ class RoutingShaper(RouterObserver):
         form: str = "balance",
         cost: str = "information",
         lam: float = 0.01,
-        every: int = 10,
+        every: int = EVERY,
         *,
         sites: Sequence[Site] | None = None,
         z: float = 0.0,
@@ -85,7 +85,7 @@ class RoutingShaper(RouterObserver):
         optimizer = inner_optimizer(optimizer)
         if optimizer is None and (form == "bias" or (form in COSTLY and cost != "uniform")):
             raise ConfigError(f"form={form!r} without an optimizer: expected the one that steps the experts")
-        if form in {"balance", "tax"} and lam >= STRONG:
+        if form in {"balance", "tax"} and cost not in PAPER and lam >= STRONG:
             logger.warning(
                 "lam=%g: %s of 0.05 and more tends to undo specialisation; 0.003 to 0.03 is useful", lam, form
             )

@@ -1,4 +1,8 @@
-"""Documents of which only a part is learnt: prompts with completions, and conversations."""
+"""Documents that are more than their letters: of some only a part is learnt, of some control tokens count.
+
+A text, a prompt and what a turn says are letters, even where they look like a control token of the model: a text about
+a chat format must not be read as a chat. Whoever wants them read as such asks for it, and has `Controlled` documents.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from tether.errors import ConfigError
 
-__all__ = ["KINDS", "Marked", "Part", "document_of", "kind_of"]
+__all__ = ["KINDS", "Controlled", "Marked", "Part", "as_letters", "controlled", "document_of", "kind_of"]
 
 KINDS: Final = ("text", "prompt", "messages")
 """Fields by which a row is known: a text, a prompt with its completion, a conversation."""
@@ -36,19 +40,41 @@ class Part(NamedTuple):
         Returns:
             Options of a call of the tokenizer; none where there is nothing to keep.
         """
-        typed = self.plain and any(
-            token in self.text for token in getattr(tokenizer, "all_special_tokens", ())
-        )
-        return {"split_special_tokens": True} if typed else {}
+        return as_letters(tokenizer, self.text) if self.plain else {}
+
+
+def as_letters(tokenizer: Any, text: str) -> dict[str, bool]:
+    """Keep control tokens from being read in a text.
+
+    Args:
+        tokenizer: whose control tokens: all of its special tokens.
+        text: the text.
+
+    Returns:
+        Options of a call of the tokenizer; none where there is nothing to keep from it.
+    """
+    known = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    names = {token.content for token in known if token.special}
+    names.update(getattr(tokenizer, "all_special_tokens", ()))
+    return {"split_special_tokens": True} if any(name in text for name in names) else {}
+
+
+class Controlled(str):
+    """A text in which control tokens are read as such."""
+
+    __slots__ = ()
 
 
 class Marked(str):
     """A prompt with its completion, or a conversation, of which the completion or the assistant's turns are learnt.
 
     As a string it is its row as JSON with sorted keys, so that it is hashed, compared and kept like any document.
+
+    Attributes:
+        control: whether control tokens are read as such in what prompts, completions and turns say.
     """
 
-    __slots__ = ()
+    control: bool = False
 
     def parts(self, tokenizer: Any) -> list[Part]:
         """Write the document as a model reads it, piece by piece.
@@ -63,14 +89,15 @@ class Marked(str):
             ConfigError: a conversation, and the tokenizer has no chat template, or one that does not write the turns
                 one after the other as they are.
         """  # noqa: DOC502 - raised by _turns
-        row = json.loads(self)
+        row, plain = json.loads(self), not self.control
         if "prompt" in row:
-            end = getattr(tokenizer, "eos_token", None)
-            closed = (
-                row["completion"] if not end or row["completion"].endswith(end) else row["completion"] + end
-            )
-            return [Part(row["prompt"], learnt=False), Part(closed, learnt=True)]
-        return _turns(row["messages"], tokenizer)
+            # A completion that brings the end token is closed by it, and not by a second one.
+            end = getattr(tokenizer, "eos_token", None) or ""
+            said = row["completion"].removesuffix(end)
+            parts = [Part(row["prompt"], learnt=False, plain=plain), Part(said, learnt=True, plain=plain)]
+            return [*parts, Part(end, learnt=True)] if end else parts
+        parts = _turns(row["messages"], tokenizer)
+        return parts if plain else [part._replace(plain=False) for part in parts]
 
     @property
     def is_conversation(self) -> bool:
@@ -89,24 +116,46 @@ class Marked(str):
         return "".join(part.text for part in self.parts(tokenizer))
 
 
-def kind_of(row: Any) -> str | None:
+def controlled(document: str) -> str:
+    """Ask for control tokens to be read as such in a document.
+
+    Args:
+        document: a text or a `Marked`.
+
+    Returns:
+        The same letters, as a `Controlled` or a `Marked` that says so.
+    """
+    if not isinstance(document, Marked):
+        return Controlled(document)
+    asked = Marked(document)
+    asked.control = True
+    return asked
+
+
+def kind_of(row: Any, field: str | None = None) -> str | None:
     """Tell what a row of data is.
 
     Args:
         row: anything.
+        field: where the text or the conversation is, if it is not in `text` or `messages`.
 
     Returns:
         One of `KINDS`, or None.
     """
-    return next((kind for kind in KINDS if kind in row), None) if isinstance(row, Mapping) else None
+    if not isinstance(row, Mapping):
+        return None
+    if field is not None:
+        return None if field not in row else "messages" if isinstance(row[field], list) else "text"
+    return next((kind for kind in KINDS if kind in row), None)
 
 
-def document_of(row: Any, kind: str) -> str:
+def document_of(row: Any, kind: str, field: str | None = None) -> str:
     """Take the document out of a row; other fields are passed over.
 
     Args:
         row: one with the fields of its kind.
         kind: one of `KINDS`.
+        field: as for `kind_of`.
 
     Returns:
         The text, or a `Marked`.
@@ -114,19 +163,20 @@ def document_of(row: Any, kind: str) -> str:
     Raises:
         ConfigError: the row has not these fields, or something else in them.
     """
+    name = field or kind
     try:
         if kind == "text":
-            return _text(row["text"])
+            return _text(row[name])
         if kind == "prompt":
             kept = {name: _text(row[name]) for name in ("prompt", "completion")}
             if not kept["completion"].strip():
                 raise ConfigError("the completion is empty; nothing is to be learnt from it")
             return Marked(json.dumps(kept, sort_keys=True, ensure_ascii=False))
-        turns = [{name: _text(turn[name]) for name in ("role", "content")} for turn in row["messages"]]
+        turns = [{name: _text(turn[name]) for name in ("role", "content")} for turn in row[name]]
     except (KeyError, TypeError, UnicodeEncodeError) as error:
         expected = {
-            "text": 'a text "text"', "prompt": 'texts "prompt" and "completion"',
-            "messages": '"messages", a list of turns with texts "role" and "content"',
+            "text": f'a text "{name}"', "prompt": 'texts "prompt" and "completion"',
+            "messages": f'"{name}", a list of turns with texts "role" and "content"',
         }[kind]  # fmt: skip
         raise ConfigError(f"expected {expected}") from error
     if other := sorted({turn["role"] for turn in turns} - set(ROLES)):

@@ -2,51 +2,97 @@
 
 import codecs
 import hashlib
-import io
 import json
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, final, overload
+from typing import IO, Any, NamedTuple, Self, final, overload
 
 from tether.errors import ConfigError
 from tether.files import text_lines
-from tether.store.marked import Marked, document_of, kind_of
+from tether.store.marked import Marked, controlled, document_of
+from tether.store.rows import FieldError, Rows
 
-__all__ = ["Lines", "Plain", "Text", "counted", "read_lines", "read_plain"]
+__all__ = [
+    "Lines",
+    "Seen",
+    "Text",
+    "counted",
+    "file_stamp",
+    "hash_documents",
+    "not_utf8",
+    "read_lines",
+    "skip_mark",
+]
 
-BLOCK = 1 << 20
-"""Bytes or characters that are read at a time."""
 
+class Seen(NamedTuple):
+    """What is known of a text since it was opened.
 
-class _Seen(NamedTuple):
-    """What one pass over a file has found: its state then, its hash, and the hash of its documents."""
+    Attributes:
+        name: what to call it.
+        sha256: hash of the bytes it is in, 64 hexadecimal digits; None where it is in no file or folder.
+        documents: hash of all its documents, as `text_hash` gives it; None for a part of them.
+        stamp: size and time of the file then.
+        kind: what its rows are, one of `tether.store.marked.KINDS`.
+        field: where the text or the conversation is in its rows, if a user named it.
+        split: of a data set.
+        control: whether control tokens in it are read as such.
+        note: what a user should know beside what was found.
+    """
 
-    stamp: tuple[int, int]
-    sha256: str
+    name: str
+    sha256: str | None
     documents: str | None
+    stamp: tuple[int, int] = (0, 0)
+    kind: str = "text"
+    field: str | None = None
+    split: str | None = None
+    control: bool = False
+    note: str = ""
 
 
 class Text(ABC, Sequence[str]):
-    """The documents of a file, none of them empty, each read from it when it is asked for.
+    """The documents of a text, none of them empty, each read when it is asked for.
 
-    The whole file is checked and hashed in one pass when it is opened. That pass holds a block of a plain file, or the
+    A file is checked and hashed in one pass when it is opened. That pass holds a block of a plain file, or the
     longest line of JSON lines and 8 bytes a document. Whoever reads later is told if the file has changed since then.
 
     Attributes:
-        path: the file.
-        sha256: hash of its bytes, 64 hexadecimal digits.
-        documents_hash: what `text_hash` gives for all its documents; None for a part of them.
-        kind: what its rows are, one of `tether.store.marked.KINDS`.
+        path: the file or folder; None where the text is in neither.
+        seen: what is known of it.
     """
 
-    kind: str = "text"
+    def __init__(self, path: Path | None, seen: Seen) -> None:
+        self.path, self.seen = path, seen
 
-    def __init__(self, path: Path, seen: _Seen) -> None:
-        self.path, self._seen = path, seen
-        self.sha256, self.documents_hash = seen.sha256, seen.documents
+    @property
+    def sha256(self) -> str | None:
+        """Hash of the bytes it is in, 64 hexadecimal digits; None where it is in no file or folder."""
+        return self.seen.sha256
+
+    @property
+    def documents_hash(self) -> str | None:
+        """What `text_hash` gives for all its documents; None for a part of them."""
+        return self.seen.documents
+
+    @property
+    def kind(self) -> str:
+        """What its rows are, one of `tether.store.marked.KINDS`."""
+        return self.seen.kind
+
+    @property
+    def recognised(self) -> str:
+        """What was found in it, as one line for a user."""
+        field = self.seen.field or self.kind
+        what, where = {
+            "text": ("document", f"`{field}`"),
+            "prompt": ("prompt", "`prompt`, each with its `completion`"),
+            "messages": ("conversation", f"`{field}`"),
+        }[self.kind]
+        return f"{self.seen.name}: {len(self):,} {what}{'' if len(self) == 1 else 's'} in {where}"
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -56,7 +102,7 @@ class Text(ABC, Sequence[str]):
         return self._some(index) if isinstance(index, slice) else self.beginning(index, None)
 
     def beginning(self, number: int, characters: int | None) -> str:
-        """Read the beginning of a document.
+        """Read the beginning of a document; a `Marked` comes whole, since what is learnt is known of a whole one alone.
 
         Args:
             number: which document.
@@ -68,7 +114,28 @@ class Text(ABC, Sequence[str]):
         Raises:
             ConfigError: the file has changed since it was opened.
         """  # noqa: DOC502 - raised by _unchanged
-        return self._read(number, characters)
+        document = self._read(number, characters)
+        return controlled(document) if self.seen.control else document
+
+    def blocks(self, number: int) -> Iterator[str]:
+        """Read a document piece by piece, where it may be larger than memory should hold.
+
+        Args:
+            number: which document.
+
+        Yields:
+            Its pieces in order; what is no plain file comes in one.
+        """
+        yield self[number]
+
+    def with_control(self) -> Self:
+        """Ask for control tokens in the text to be read as such.
+
+        Returns:
+            Itself.
+        """
+        self.seen = self.seen._replace(control=True)
+        return self
 
     @abstractmethod
     def _read(self, number: int, characters: int | None) -> str: ...
@@ -77,7 +144,7 @@ class Text(ABC, Sequence[str]):
     def _some(self, rows: slice) -> Sequence[str]: ...
 
     def _unchanged(self, stream: IO[Any]) -> None:
-        if _stamp(stream) != self._seen.stamp:
+        if file_stamp(stream) != self.seen.stamp:
             raise ConfigError(
                 f"{self.path} has changed while it was in use; start again, and leave it alone meanwhile"
             )
@@ -87,90 +154,48 @@ class Text(ABC, Sequence[str]):
 class Lines(Text):
     """Documents that are JSON lines, known by the offsets of their lines."""
 
-    def __init__(self, path: Path, seen: _Seen, offsets: "array[int]", kind: str = "text") -> None:
+    def __init__(self, path: Path, seen: Seen, offsets: "array[int]") -> None:
         super().__init__(path, seen)
-        self._offsets, self.kind = offsets, kind
+        self._file, self._offsets = path, offsets
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def _read(self, number: int, characters: int | None) -> str:
         offset = self._offsets[number]
-        with self.path.open("rb") as stream:
+        with self._file.open("rb") as stream:
             self._unchanged(stream)
             stream.seek(offset)
-            document = _line_document(stream.readline(), self.kind)
-            # What is learnt of a document is known of a whole one alone.
-            return document if isinstance(document, Marked) else document[:characters]
+            row = json.loads(stream.readline().decode())
+        document = document_of(row, self.kind, self.seen.field)
+        return document if isinstance(document, Marked) else document[:characters]
 
     def _some(self, rows: slice) -> "Lines":
-        return Lines(self.path, self._seen._replace(documents=None), self._offsets[rows], self.kind)
+        return Lines(self._file, self.seen._replace(documents=None), self._offsets[rows])
 
 
-@final
-class Plain(Text):
-    """One document: some characters of a plain file from a place that `tell` gave."""
+def file_stamp(stream: IO[Any]) -> tuple[int, int]:
+    """Tell by what a change of a file is noticed.
 
-    def __init__(self, path: Path, seen: _Seen, place: int, characters: int) -> None:
-        super().__init__(path, seen)
-        self._place, self._characters = place, characters
+    Args:
+        stream: the file.
 
-    def __len__(self) -> int:
-        return 1
-
-    def _read(self, number: int, characters: int | None) -> str:
-        if number not in (0, -1):
-            raise IndexError(number)
-        with self._open() as stream:
-            return stream.read(self._characters if characters is None else min(characters, self._characters))
-
-    def _some(self, rows: slice) -> Sequence[str]:
-        return [self[0] for _ in range(*rows.indices(1))]
-
-    def _open(self) -> IO[str]:
-        with self.path.open("rb") as stream:
-            self._unchanged(stream)
-        lines = self.path.open(encoding="utf-8-sig")
-        lines.seek(self._place)
-        return lines
-
-    def cut(self, share: float) -> "tuple[Plain, Plain]":
-        """Cut at the last space or line's end before a share of the characters, or right there if there is none.
-
-        Args:
-            share: of the first part, in (0, 1).
-
-        Returns:
-            Both parts.
-        """
-        end, at, known = round(share * self._characters), 0, (self._place, 0)
-        with self._open() as stream:
-            done = 0
-            while done < end:
-                place = stream.tell()
-                block = stream.read(min(BLOCK, end - done))
-                if space := max(block.rfind(" "), block.rfind("\n")) + 1:
-                    at, known = done + space, (place, done)
-                done += len(block)
-            at = at or end
-            stream.seek(known[0])
-            for begin in range(known[1], at, BLOCK):
-                stream.read(min(BLOCK, at - begin))
-            place = stream.tell()
-        seen = self._seen._replace(documents=None)
-        return (
-            Plain(self.path, seen, self._place, at),
-            Plain(self.path, seen, place, self._characters - at),
-        )
-
-
-def _stamp(stream: IO[Any]) -> tuple[int, int]:
+    Returns:
+        Size, and time of the last change in nanoseconds.
+    """
     state = os.fstat(stream.fileno())
     return state.st_size, state.st_mtime_ns
 
 
-# With or without the mark that some editors begin a file with.
-def _mark(stream: IO[bytes]) -> bytes:
+def skip_mark(stream: IO[bytes]) -> bytes:
+    """Pass over the mark that some editors begin a file with.
+
+    Args:
+        stream: the file at its beginning.
+
+    Returns:
+        The mark, or nothing.
+    """
     mark = stream.read(len(codecs.BOM_UTF8))
     if mark != codecs.BOM_UTF8:
         stream.seek(0)
@@ -178,16 +203,27 @@ def _mark(stream: IO[bytes]) -> bytes:
     return mark
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError, before: int) -> str:
+def not_utf8(path: Path, error: UnicodeDecodeError, before: int) -> str:
+    """Say that a file is no UTF-8.
+
+    Args:
+        path: the file.
+        error: what was found.
+        before: bytes of the file before those that were decoded.
+
+    Returns:
+        The message.
+    """
     return f"{path}: not UTF-8 text ({error.reason} at byte {before + error.start}); convert it"
 
 
-def read_lines(path: Path, stream: IO[bytes]) -> Lines | None:
+def read_lines(path: Path, stream: IO[bytes], field: str | None = None) -> Lines | None:
     """Open JSON lines in one pass.
 
     Args:
         path: the file.
         stream: it, opened.
+        field: where the text or the conversation is, if it is not in `text` or `messages`.
 
     Returns:
         Its documents, or None if there are none.
@@ -195,86 +231,58 @@ def read_lines(path: Path, stream: IO[bytes]) -> Lines | None:
     Raises:
         ConfigError: a line is not a JSON object with the fields that the first one has (`tether.store.marked.KINDS`),
             not UTF-8, or longer than `tether.files.LINE_BYTES`.
+        FieldError: the first line has no field by which rows are known.
     """
-    stamp, mark = _stamp(stream), _mark(stream)
+    stamp, mark = file_stamp(stream), skip_mark(stream)
     raw, digest, offsets, offset = hashlib.sha256(mark), hashlib.sha256(), array("q"), len(mark)
-    kind = ""
+    rows = Rows(field)
     for number, line in enumerate(text_lines(path, stream), start=1):
         raw.update(line)
         try:
-            kind = kind or _line_kind(line)
-            document = _line_document(line, kind) if line.strip() else ""
-            data = document.encode()
+            # Not by the strict reader: rows have fields of any kind, and these texts are all that is taken.
+            document = rows.document(json.loads(line.decode())) if line.strip() else ""
         except UnicodeDecodeError as error:
-            raise ConfigError(_not_utf8(path, error, offset)) from error
+            raise ConfigError(not_utf8(path, error, offset)) from error
         except (ValueError, RecursionError, ConfigError) as error:
             shown = line[:240].decode(errors="replace")[:60]
             what = str(error) if isinstance(error, ConfigError) else "expected a JSON object"
-            first = (
-                ", as in the first line"
-                if isinstance(error, ConfigError) and kind not in ("", "text")
-                else ""
-            )
-            raise ConfigError(f"{path}, line {number}: {what}{first}; got {shown!r}") from error
+            told = f"{path}, line {number}: {what}; got {shown!r}"
+            if isinstance(error, FieldError):
+                raise FieldError(told) from error
+            raise ConfigError(told) from error
         if document.strip():
             offsets.append(offset)
-            digest.update(counted(data))
+            digest.update(counted(document.encode()))
         offset += len(line)
     if not offsets:
         return None
-    return Lines(path, _Seen(stamp, raw.hexdigest(), f"sha256:{digest.hexdigest()}"), offsets, kind)
+    documents = f"sha256:{digest.hexdigest()}"
+    seen = Seen(path.name, raw.hexdigest(), documents, stamp, rows.kind or "text", field)
+    return Lines(path, seen, offsets)
 
 
-# Not by the strict reader: rows of data sets have fields of any kind, and these texts are all that is taken.
-def _line_document(line: bytes, kind: str) -> str:
-    return document_of(json.loads(line.decode()), kind)
-
-
-def _line_kind(line: bytes) -> str:
-    if not line.strip():
-        return ""
-    return kind_of(json.loads(line.decode())) or "text"
-
-
-def read_plain(path: Path, stream: IO[bytes]) -> Plain | None:
-    """Open a plain file in one pass; in two where its lines end in two bytes.
+def hash_documents(documents: Sequence[str]) -> str:
+    """Hash documents one after the other; of a `Text` no more is held than a block of a plain file.
 
     Args:
-        path: the file.
-        stream: it, opened.
+        documents: the documents in order.
 
     Returns:
-        Its document, or None if there is nothing but space in it.
-
-    Raises:
-        ConfigError: the file is not UTF-8.
+        `sha256:` and 64 hexadecimal digits.
     """
-    stamp, mark = _stamp(stream), _mark(stream)
-    utf8: Any = codecs.getincrementaldecoder("utf-8")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    raw, at, characters, size, blank = hashlib.sha256(mark), len(mark), 0, 0, True
-    # The hash begins with the size of the text. That of the file is the same where lines end in one byte.
-    digest = hashlib.sha256((stamp[0] - at).to_bytes(8, "little"))
-    block = b"-"
-    while block:
-        block = stream.read(BLOCK)
-        raw.update(block)
-        try:
-            piece = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise ConfigError(_not_utf8(path, error, at - len(utf8.getstate()[0]))) from error
-        data = piece.encode()
-        digest.update(data)
-        at, characters, size = at + len(block), characters + len(piece), size + len(data)
-        blank = blank and not piece.strip()
-    if blank:
-        return None
-    if size != stamp[0] - len(mark):
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        with path.open(encoding="utf-8-sig") as lines:
-            while piece := lines.read(BLOCK):
-                digest.update(piece.encode())
-    return Plain(path, _Seen(stamp, raw.hexdigest(), f"sha256:{digest.hexdigest()}"), 0, characters)
+    digest = hashlib.sha256()
+    for number in range(len(documents)):
+        pieces = documents.blocks(number) if isinstance(documents, Text) else iter((documents[number],))
+        first, second = next(pieces, ""), next(pieces, None)
+        if second is None:
+            digest.update(counted(first.encode()))
+            continue
+        # The size comes first, and is known after a first pass.
+        size = len(first.encode()) + len(second.encode()) + sum(len(piece.encode()) for piece in pieces)
+        digest.update(size.to_bytes(8, "little"))
+        for piece in documents.blocks(number) if isinstance(documents, Text) else ():
+            digest.update(piece.encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def counted(document: bytes) -> bytes:
