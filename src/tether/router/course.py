@@ -122,7 +122,10 @@ class RoutingCourse:
         }  # fmt: skip
         if dead != self._dead and (world() == 1 or distributed.get_rank() == 0):
             count = sum(len(row["load"]) for row in layers.values())
-            who = f"{number} of {count} experts are dead: {_names(dead)}" if number else "no expert is dead"
+            verb = "is" if number == 1 else "are"
+            who = (
+                f"{number} of {count} experts {verb} dead: {_names(dead)}" if number else "no expert is dead"
+            )
             self.say(f"step {step}: {who}")
         self._dead = dead
 
