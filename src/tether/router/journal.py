@@ -146,6 +146,7 @@ def loads_png(report: Mapping[str, Any]) -> bytes:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError("figures need matplotlib; install 'tether[plot]'") from error
     layers = report["layers"]
@@ -169,7 +170,9 @@ def loads_png(report: Mapping[str, Any]) -> bytes:
     )
     line.set_ylim(bottom=0)
     line.set_xlabel("step", fontsize=7)
-    line.set_title(f"dead experts of all layers; form {report['form']}, lam {report['lam']:g}", fontsize=8)
+    line.set_title(f"dead experts; {report['form']}, lam {report['lam']:g}", fontsize=8)
+    for axis in (heat.xaxis, line.xaxis, line.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     for axis in (heat, line):
         axis.tick_params(labelsize=7)
     target = io.BytesIO()
