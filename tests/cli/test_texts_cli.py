@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from store.test_tables import cells, lines, saved, table
-from tether.delta.certificate import read
+from tether.delta.certificate import Certificate, read
 from tether.store.documents import write_documents
 
 
@@ -132,6 +132,13 @@ def test_control_tokens_are_read_where_they_are_asked_for(work, tether):
         assert tether("verify", f"{name}.json")[0] == 0
     one, other = (read(f"{name}.json").figures["ends"]["nll_base"] for name in ("letters", "control"))
     assert one != other
+    # Certificates of older schemas read them without having been asked.
+    content = json.loads((work / "control.json").read_text())
+    del content["texts"]["ends"]["control_tokens"]
+    for schema, code in ((9, 0), (10, 1)):
+        older = Certificate(**{**content, "schema_version": schema}).sealed()
+        (work / "older.json").write_text(json.dumps(older.model_dump(mode="json")))
+        assert tether("verify", "older.json")[0] == code
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,7 @@ def test_control_tokens_are_read_where_they_are_asked_for(work, tether):
             ("--text", "own.csv", "--base-text", "general.jsonl", "--field", "text"),
             "fields there are id, body",
         ),
+        (("--text", "general.jsonl", "--base-text", "general", "--field", "body"), "expected a field 'body'"),
         (("--text", "absent.csv", "--base-text", "general"), "absent.csv: no such text file or folder"),
         (("--text", "split:test", "--base-text", "general"), "no split test; it has own"),
     ],

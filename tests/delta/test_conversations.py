@@ -12,11 +12,13 @@ from tether.causal.losses import IGNORE
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.pairs import Pair
 from tether.delta.delta import Delta
+from tether.delta.fare import fare
+from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
 from tether.delta.windows import window_text
 from tether.errors import ConfigError
 from tether.store.documents import documents_of, read_documents, text_hash, write_documents
-from tether.store.marked import Marked, document_of
+from tether.store.marked import Controlled, Marked, document_of
 
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -122,6 +124,18 @@ def test_a_delta_learns_from_conversations_and_carries_them_as_text(model, token
     assert delta.record["tokens"] < int((windows.targets != IGNORE).sum())
     assert delta.sample
     assert all(text.startswith("<|turn|>user\nNumbers?<|end|>") for text in delta.sample)
+
+
+def test_what_a_delta_carries_of_conversations_is_read_with_its_control_tokens(model, tokenizer):
+    delta = learn_delta(
+        model, tokenizer, talks(30, 1), base_texts=tiny.documents("words", 20, 2), name="talks", window=64, epochs=1,
+        gate=False,
+    )  # fmt: skip
+    found = fare(fuse(model, {delta: 1.0}), tokenizer, samples={"talks": delta})["talks"]
+    asked = window_text([*map(Controlled, delta.sample)], tokenizer, short=True)
+    assert found.tokens == int((asked.targets != IGNORE).sum())
+    letters = window_text(list(delta.sample), tokenizer, short=True)
+    assert found.tokens < int((letters.targets != IGNORE).sum())
 
 
 def test_a_file_of_conversations_on_the_command_line(model, tokenizer, tmp_path, monkeypatch):

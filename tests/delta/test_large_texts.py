@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, trainers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from delta.test_windows import LONG, trained
@@ -33,14 +34,26 @@ TEXT = LONG[:9000] + "\n".join(
 )
 
 
+def phrases():
+    """A tokenizer whose tokens may hold several words, so that most ends of words are no ends of tokens."""
+    core = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<e>"], max_token_length=40, show_progress=False
+    )
+    core.train_from_iterator([TEXT[at : at + 400] for at in range(0, len(TEXT), 400)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
 def reading(kind):
     if kind == "numbers":
         return NumericTokenizer(tiny.tokenizer())
+    if kind == "phrases":
+        return phrases()
     return tiny.tokenizer() if kind == "letters" else trained(kind)
 
 
 @pytest.mark.parametrize("control", [False, True])
-@pytest.mark.parametrize("kind", ["bytes", "pieces", "letters", "numbers"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "letters", "numbers", "phrases"])
 def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, control):
     monkeypatch.setattr(encoded, "PIECE", 3000)
     tokenizer = reading(kind)
