@@ -1,6 +1,6 @@
 """What a fusion by evidence does in each mode: the served law of tokens, who speaks, the law of values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,19 +82,22 @@ def act(
         awake = torch.stack([block.experts.awake[:, rows].any(-1) for rows in model.fusion.rows], dim=-1)
         parts = (*found, block.log_weights, awake.float())
         blocks.append([None if part is None else part.unflatten(0, (batch, block.size)) for part in parts])
-    joined: list[Any] = [
-        None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)
-    ]
+    joined: list[Any] = [None if parts[0] is None else _joined(parts) for parts in zip(*blocks, strict=True)]
     logits, loc, log_scale, latent, value, value_loc, value_scale, log_weights, awake = joined
     return Acted(
         logits, loc, log_scale, latent, value, value_loc, value_scale, log_weights, awake.movedim(-1, 0)
     )
 
 
+# A single block is not copied.
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _law(model: Any, block: Block, logits: Tensor) -> list[Tensor | None]:
     experts, count = block.experts, len(block.experts.entry)
     loc, log_scale = experts.loc[:count], experts.log_scale[:count]
-    if model.config.num_token_id is None or len(experts.row) == count:
+    if model.config.num_token_id is None or experts.alone:
         value_loc, value_scale = model.action.values(loc, log_scale.exp())
     else:
         low, value_loc, high = experts.value_quantiles(model.action, block.log_weights, (0.25, 0.5, 0.75))

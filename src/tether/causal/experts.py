@@ -49,6 +49,11 @@ class Experts:
         """Who takes part, shape (M, K), bool."""
         return self.entry >= 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether the base alone takes part, in all of the contexts."""
+        return len(self.row) == len(self.entry)
+
     def values(self, action: Any) -> tuple[Tensor, Tensor]:
         """Give the law of Y under each expert.
 
@@ -88,7 +93,7 @@ class Experts:
             One tensor of shape (M,) for each level, float32, in the units of Y.
         """
         loc, scale = self.values(action)
-        if len(self.loc) == len(self.entry):
+        if self.alone:
             loc, scale, log_weights = loc[:, :1], scale[:, :1], log_weights[:, :1]
         return [quantile(level, loc, scale, log_weights).float() for level in levels]
 
@@ -118,7 +123,7 @@ class Experts:
             The scores.
         """
         rows, count = self.loc.to(action.weight.dtype), len(self.entry)
-        if len(rows) == count:
+        if self.alone:
             return Scores(self, action.score_loc(self.loc), rows.new_zeros(0, 1))
         if len(rows) <= FEW and bool((self.awake.sum(-1) > 1).all()):
             # With columns on the right the weight is read once, with rows on the left once for each (docs/leash.md);
@@ -171,10 +176,10 @@ class Scores:
         others = experts.row[count:]
         # Contexts where not the base alone is awake; elsewhere there is nothing to weigh.
         self.mixed = torch.zeros(count, dtype=torch.bool, device=base.device)
-        self.mixed[others] = True
         self.log_norm = torch.zeros(len(experts.row), device=base.device)
         self.broken = torch.zeros(len(experts.row), dtype=torch.bool, device=base.device)
-        if len(others):
+        if not experts.alone:
+            self.mixed[others] = True
             self.parts = torch.cat([base[self.mixed], moved]).float()
             self.part_rows = torch.cat([self.mixed.nonzero().squeeze(-1), others])
             self.part_entries = torch.cat(
@@ -202,7 +207,7 @@ class Scores:
         entries = self.experts.entry
         found = torch.full(entries.shape, -torch.inf, dtype=torch.float64, device=entries.device)
         found[:, 0] = 0.0
-        if not bool(self.mixed.any()):
+        if self.experts.alone:
             return found
         own = self.parts.gather(1, tokens[self.part_rows].unsqueeze(-1)).squeeze(-1).double()
         own = own - self.log_norm[self.part_entries].double()
@@ -230,7 +235,7 @@ class Scores:
             bit, where it alone is awake.
         """
         logits = self.base.float()
-        if not bool(self.mixed.any()):
+        if self.experts.alone:
             return logits
         share = log_weights[self.part_rows, self.experts.expert[self.part_entries]].float()
         weighted = self.mass * (share.exp() / self.total).unsqueeze(-1)
@@ -271,7 +276,7 @@ class Scores:
             the best of it is taken, as it would be without a mixture.
         """
         logits = self._cut(warp(self.base.float()), self.base.float())
-        if not bool(self.mixed.any()):
+        if self.experts.alone:
             return logits
         place, count = self.mixed.cumsum(0) - 1, int(self.mixed.sum())
         share = log_weights[self.part_rows, self.experts.expert[self.part_entries]].float()
@@ -299,7 +304,7 @@ def fired(experts: Experts, action: Any, log_weights: Tensor) -> Tensor:
     """
     count = len(experts.entry)
     found: Tensor = action.log_prob(experts.loc[:count], experts.log_scale[:count].exp())
-    if len(experts.row) == count:
+    if experts.alone:
         return found
     found = found + log_weights[:, :1].float()
     others = action.log_prob(experts.loc[count:], experts.log_scale[count:].exp())

@@ -129,6 +129,17 @@ class GateStatistics(NamedTuple):
         shift = torch.einsum("nsph,nsh->nsp", whitening, center)
         return cls(center, whitening, precision, shift, share, center.square().sum(-1), log_det)
 
+    def at(self, stage: int) -> "GateStatistics":
+        """Take those of one stage.
+
+        Args:
+            stage: its number.
+
+        Returns:
+            The statistics, without the axis of stages.
+        """
+        return GateStatistics(*(values[:, stage] for values in self))
+
 
 def gate_distance(
     mean_state: Float[Tensor, "*batch hidden"],
@@ -156,11 +167,14 @@ def gate_distance(
     """
     domains, stages = statistics.precision.shape
     flat, stage = mean_state.flatten(0, -2), gate_stage(count, window, stages).flatten()
-    found: Tensor = flat.new_zeros(domains, len(flat))
-    for number in stage.unique().tolist():
+    numbers = stage.unique().tolist() if len(stage) > 1 else stage.tolist()
+    if len(numbers) == 1:
+        found = _distance(flat, statistics.at(numbers[0]))
+        return found.reshape(domains, *mean_state.shape[:-1])
+    found = flat.new_zeros(domains, len(flat))
+    for number in numbers:
         rows = stage == number
-        here = GateStatistics(*(values[:, number] for values in statistics))
-        found[:, rows] = _distance(flat[rows], here)
+        found[:, rows] = _distance(flat[rows], statistics.at(number))
     return found.reshape(domains, *mean_state.shape[:-1])
 
 

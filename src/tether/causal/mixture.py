@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Mixture(Fusion):
         # Of one domain the gates' choice would say what the domain says.
         self.chooses = self.gated and self.rule.choice and len(self.domains) > 1
 
-    @property
+    @cached_property
     def log_prior(self) -> Tensor:
         """Log weights at the start of a text, shape (K,), or (K + 1,) with that of the gates' choice last, float64."""
         return evidence.prior(self.rule.prior, [len(each) for each in self.strengths], choice=self.chooses)
@@ -188,6 +189,10 @@ class Mixture(Fusion):
         Returns:
             Log weights, shape (M, K), -inf where asleep.
         """
+        if not bool(awake[:, 1:].any()):
+            alone = torch.full(awake.shape, -torch.inf, dtype=state.dtype, device=state.device)
+            alone[:, 0] = 0.0
+            return alone
         if not self.chooses:
             return evidence.serve(state, awake, self.rule.floor)
         some = awake[:, 1:].any(-1, keepdim=True)

@@ -175,7 +175,7 @@ class Walk:
     def _of_values(self, experts: Experts, first: int, last: int) -> Tensor:
         reading = self.reading
         zero = torch.zeros(experts.entry.shape, dtype=torch.float64, device=experts.entry.device)
-        if reading.values is None or reading.number is None or len(experts.row) == len(experts.entry):
+        if reading.values is None or reading.number is None or experts.alone:
             return zero
         here = (self._tokens(first, last) == reading.number).flatten()
         if not bool(here.any()):
@@ -197,14 +197,18 @@ class Walk:
         """
         experts, size = scores.experts, last - first
         batch, length = self.reading.mask.shape
+        end = min(last + 1, length)
+        scored = torch.zeros(batch, size, dtype=torch.bool, device=self.gain.device)
+        if end > first + 1:
+            scored[:, : end - first - 1] = self.scored[:, first + 1 : end]
+        if experts.alone:
+            # Nobody is compared with anybody, so all that is kept stays as it begins.
+            self._scan(end)
+            return self.gain.new_zeros(batch * size, self.mixture.experts), scored.flatten()
         self.awake[:, first:last] = experts.awake.unflatten(0, (batch, size))
         density = self.density[:, first:last].flatten(0, 1)
         self.excess[:, first:last] = scores.excess().unflatten(0, (batch, size))
-        end = min(last + 1, length)
         gain = self.gain.new_zeros(batch, size, self.mixture.experts)
-        scored = torch.zeros(batch, size, dtype=torch.bool, device=gain.device)
-        if end > first + 1:
-            scored[:, : end - first - 1] = self.scored[:, first + 1 : end]
         if bool(scored.any()):
             ids = torch.zeros(batch, size, dtype=torch.long, device=gain.device)
             ids[:, : end - first - 1] = self._tokens(first + 1, end)
@@ -221,7 +225,7 @@ class Walk:
     def _next_values(self, experts: Experts, first: int, last: int, end: int) -> Tensor:
         batch, size = self.reading.mask.shape[0], last - first
         values = self.reading.values
-        if values is None or self.reading.number is None or len(experts.row) == len(experts.entry):
+        if values is None or self.reading.number is None or experts.alone:
             return self.gain.new_zeros(())
         numbers = values.new_zeros(batch, size)
         numbers[:, : end - first - 1] = values[:, first + 1 : end]

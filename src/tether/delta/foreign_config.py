@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tether.delta.peft_config import neutral
+from tether.delta.peft_config import MEMORIES, LoraFields, neutral
 from tether.errors import CheckpointError
-from tether.reading import Strict, checked
+from tether.reading import checked
 
 __all__ = ["MERGE", "REDONE", "Fields", "read_fields"]
 
@@ -22,10 +22,9 @@ MERGE = (
     "that folder, from which a LoRA is taken"
 )
 """The way out for whatever PEFT can add to weights."""
-_WHICH = {
+_WHICH = MEMORIES | {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "peft_type",
-    "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "ensure_weight_tying",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 """Fields that say which layers are adapted, how a training began, or where an adapter is from: weights say the first,
 and the rest changes nothing."""
@@ -33,17 +32,10 @@ and the rest changes nothing."""
 _Pattern = dict[Annotated[str, Field(max_length=256)], Annotated[float, Field(gt=0, le=1e6)]]
 
 
-class Fields(Strict):
+class Fields(LoraFields):
     """What is read of `adapter_config.json`; the rest must be empty, or is of `_WHICH`."""
 
-    r: Annotated[int, Field(ge=1, le=65_536)]
-    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    fan_in_fan_out: bool = False
     init_lora_weights: bool | Annotated[str, Field(max_length=64)] = True
     rank_pattern: _Pattern | None = None
     alpha_pattern: _Pattern | None = None

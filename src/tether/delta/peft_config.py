@@ -15,11 +15,11 @@ from torch import Tensor
 from tether.errors import CheckpointError, ConfigError
 from tether.reading import Strict, checked, read_json
 
-__all__ = ["check_ranks", "neutral", "read_lora"]
+__all__ = ["MEMORIES", "LoraFields", "check_ranks", "neutral", "read_lora"]
 
 MODULES = 4096
 """Names of modules in a configuration at most."""
-_MEMORIES = {
+MEMORIES = {
     "peft_type",
     "peft_version",
     "base_model_name_or_path",
@@ -32,8 +32,8 @@ _MEMORIES = {
 _Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,256}$")]
 
 
-class _Lora(Strict):
-    """The fields that are used."""
+class LoraFields(Strict):
+    """The fields that are read of any LoRA."""
 
     r: Annotated[int, Field(ge=1, le=65_536)]
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
@@ -42,6 +42,11 @@ class _Lora(Strict):
     use_dora: bool = False
     lora_bias: bool = False
     fan_in_fan_out: bool = False
+
+
+class _Lora(LoraFields):
+    """The fields that are used."""
+
     target_modules: Annotated[list[_Module], Field(min_length=1, max_length=MODULES)] | Literal["all-linear"]
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
 
@@ -76,7 +81,7 @@ def read_lora(path: Path) -> Any:
             "not searched for"
         )
     defaults = LoraConfig(task_type="CAUSAL_LM").to_dict()
-    used, other = set(_Lora.model_fields), _MEMORIES
+    used, other = set(_Lora.model_fields), MEMORIES
     refused = [
         field
         for field, value in content.items()
