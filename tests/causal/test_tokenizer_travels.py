@@ -180,11 +180,11 @@ def test_a_folder_with_nothing_but_the_tokenizer_is_enough_whatever_is_imported_
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_without_tether_the_folder_gives_the_plain_tokenizer(tmp_path):
+def test_the_same_files_give_the_plain_tokenizer_by_name(tmp_path):
     NumericTokenizer(tiny.tokenizer()).save_pretrained(tmp_path)
     script = (
-        "import json; from transformers import AutoTokenizer\n"
-        f"print(json.dumps(AutoTokenizer.from_pretrained({str(tmp_path)!r})('a 1.5 kg').data))"
+        "import json; from transformers import PreTrainedTokenizerFast\n"
+        f"print(json.dumps(PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r})('a 1.5 kg').data))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == tiny.tokenizer()("a 1.5 kg").data
@@ -362,6 +362,7 @@ def test_only_the_class_and_the_sides_are_new_in_the_settings_that_are_saved(tmp
     assert after == before | {
         "tokenizer_class": "NumericTokenizer",
         "numeric_tokenizer": {"num_token": "<NUM>"},
+        "auto_map": {"AutoTokenizer": [None, "tether_checkpoint.NumericTokenizer"]},
         "padding_side": "right",
         "truncation_side": "right",
     }

@@ -1,23 +1,27 @@
 """Configuration of the causal language model: a backbone's own config plus the causal head's fields."""
 
+import copy
 import math
+import os
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from tether.causal.portable import auto_map, write_code
 from tether.errors import ConfigError
 from tether.registration import register_when_needed
 
 __all__ = ["IMPLS", "MODES", "NOISES", "PRESETS", "THRESHOLDS", "TRANSFORMS", "CausalQwenConfig"]
 
 MODES = ("softmax", "deterministic", "causal")
+"""How to act: logits = loc_S; logits = log P(S_k > C_k); or logits = the scores of a sampled U."""
 
 IMPLS = ("dense", "chunked", "sampled")
 """Forms of the one-vs-rest loss; see `tether.causal.losses.ovr_loss`."""
-"""How to act: logits = loc_S; logits = log P(S_k > C_k); or logits = the scores of a sampled U."""
 
 THRESHOLDS = ("constant", "class", "context")
 """C_k of the one-vs-rest decision: one number; one for each class; or one number above the context's
@@ -102,6 +106,8 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "causal_qwen"
+    model_class: ClassVar[str] = "CausalQwenForCausalLM"
+    """Name of the model's class."""
     sub_configs_defaults = {  # noqa: RUF012 - transformers reads a plain class attribute
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")
     }
@@ -227,6 +233,37 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
                 "CausalQwenForCausalLM.from_pretrained or from_backbone"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Write `config.json`, and beside it the few lines by which transformers finds the classes.
+
+        Where the backbone came from stays in it only if it is a name that others can follow too, not a path.
+
+        Args:
+            save_directory: where to; made if need be.
+            args: as in transformers.
+            options: as in transformers.
+
+        Returns:
+            As in transformers.
+        """
+        written = copy.copy(self)
+        written.auto_map = auto_map(type(self).__name__, self.model_class)
+        written.architectures = [self.model_class]
+        written.backbone_config = copy.copy(self.backbone_config)
+        source = str(getattr(self.backbone_config, "_name_or_path", "") or "")
+        if Path(source).is_absolute() or Path(source).exists():
+            written.backbone_config._name_or_path = ""
+        write_code(save_directory)
+        return super(CausalQwenConfig, written).save_pretrained(save_directory, *args, **options)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
+
+        Args:
+            auto_class: as in transformers.
+        """
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Give the config that cache and generation read layer counts from.

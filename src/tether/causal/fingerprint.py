@@ -254,6 +254,14 @@ class Fingerprinted:
         note_weights(made[0] if isinstance(made, tuple) else made)
         return made
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
+
+        Args:
+            auto_class: as in transformers.
+        """
+
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Write a checkpoint; weights that were trained by hand get a new fingerprint.
 

@@ -17,6 +17,7 @@ from tether.causal import placeholder
 from tether.causal.encoding import VALUES, NumericEncoding
 from tether.causal.numerals import Numeral, find_numbers
 from tether.causal.placeholder import check_numeric, shortest_floats
+from tether.causal.portable import tokenizer_map, write_code
 from tether.causal.streaming import NumericStreamer
 from tether.errors import CheckpointError, ConfigError, ShapeError
 from tether.store.hub import unasked
@@ -282,7 +283,8 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         """Write the tokenizer's files, with `<NUM>` in them and its name in `tokenizer_config.json`.
 
-        After `import tether`, `AutoTokenizer` makes this tokenizer of them; without tether, the plain one.
+        `AutoTokenizer` makes this tokenizer of them after `import tether`, or with `trust_remote_code=True` by the few
+        lines of code that are written beside.
 
         Args:
             save_directory: where to; made if need be.
@@ -293,7 +295,17 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
             As in transformers.
         """
         unmarked = self._unmarked(type(self))
+        unmarked.init_kwargs["auto_map"] = tokenizer_map(type(self).__name__)
+        write_code(save_directory)
         return PreTrainedTokenizerFast.save_pretrained(unmarked, save_directory, *args, **options)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
+
+        Args:
+            auto_class: as in transformers.
+        """
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -27,6 +27,7 @@ class AdaptedConfig(CausalQwenConfig):
     """
 
     model_type = "causal_qwen_adapted"
+    model_class: ClassVar[str] = "AdaptedForCausalLM"
 
     base: str | None = None
 

@@ -59,6 +59,17 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
 
     config_class = AdaptedConfig
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refuse: the folder of such a model holds its adapters, which the model has no more as they were saved.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"served with adapters: expected its folder ({self.name_or_path or 'not written yet'}) to be copied, "
+            "or save_adapted(served, adapters, tokenizer, folder, base=...) with the adapters that it was made of"
+        )
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *_: Any, **options: Any
@@ -251,7 +262,9 @@ def serve(
         if leash is not None:
             described["leash"] = {"nats": leash, "metric": leash_metric}
     with torch.device("meta"):
-        served = AdaptedForCausalLM(AdaptedConfig(**model.config.to_dict()))
+        served = AdaptedForCausalLM(
+            AdaptedConfig(**(model.config.to_dict() | {"model_type": AdaptedConfig.model_type}))
+        )
     served.config.fusion = described
     for part in ("numeric", "abduction", "action"):
         setattr(served, part, getattr(model, part))
