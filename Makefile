@@ -128,5 +128,5 @@ $(CONFORMANCE)/.complete: requirements/lock.txt requirements/conformance.txt $(V
 
 # The reference of the Python API, from the docstrings, into site/.
 docs: setup
-	$(BIN)/pdoc -o site tether.causal tether.cauchy tether.delta tether.demo tether.merge tether.report tether.router tether.runs tether.stats \
+	$(BIN)/pdoc -o site tether.causal tether.cauchy tether.delta tether.demo tether.merge tether.report tether.router tether.runs tether.server tether.stats \
 		tether.store tether.theory

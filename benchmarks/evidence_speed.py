@@ -22,7 +22,7 @@ from tether.delta.delta import Delta
 from tether.delta.fusion import fuse
 from tether.delta.gate import CLOSED, RANK, WINDOW, Gate
 
-__all__ = ["rows"]
+__all__ = ["random_delta", "rows"]
 
 Row = dict[str, Any]
 WRITTEN = 96
@@ -48,7 +48,7 @@ def rows(*, fast: bool) -> Iterator[Row]:
     ids = torch.randint(100, len(tokenizer), (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def deltas(awake: Sequence[bool]) -> Any:
-        return fuse(model, {_delta(model, number, yes): 1.0 for number, yes in enumerate(awake)})
+        return fuse(model, {random_delta(model, number, yes): 1.0 for number, yes in enumerate(awake)})
 
     three, asleep = deltas([True] * 3), deltas([False] * 3)
     writing = {"three deltas awake": three, "three deltas asleep": asleep}
@@ -112,7 +112,17 @@ def _gate(width: int, seed: int, awake: bool) -> Gate:
     )
 
 
-def _delta(model: Any, seed: int, awake: bool) -> Delta:
+def random_delta(model: Any, seed: int, awake: bool) -> Delta:
+    """Make a delta of the usual size whose gate is always or never open.
+
+    Args:
+        model: its base.
+        seed: of its weights, and its name.
+        awake: whether the gate is open.
+
+    Returns:
+        The delta.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, latent = model.config.backbone_config.hidden_size, model.abduction.loc.weight.shape[0]
     first, second = (1e-3 * torch.randn(latent, width, generator=generator) for _ in range(2))

@@ -4,7 +4,15 @@ Every message says what was given, what was expected and what to do next. Anythi
 is a fault of tether: the command line exits with 3 then (`tether.cli.codes`).
 """
 
-__all__ = ["CertificateError", "CheckpointError", "ConfigError", "IdentityError", "ShapeError", "TetherError"]
+__all__ = [
+    "CertificateError",
+    "CheckpointError",
+    "ConfigError",
+    "GroupError",
+    "IdentityError",
+    "ShapeError",
+    "TetherError",
+]
 
 
 class TetherError(Exception):
@@ -29,3 +37,7 @@ class ShapeError(TetherError, ValueError):
 
 class CertificateError(TetherError):
     """A certificate cannot be read, or was asked for where it would not hold."""
+
+
+class GroupError(TetherError):
+    """Another process of a group has ended, so this one cannot go on with its share."""

@@ -15,6 +15,7 @@ from tether.delta.output_head import OutputHead
 from tether.delta.source import spread
 from tether.delta.training import Fit
 from tether.errors import CheckpointError, ConfigError
+from tether.processes import Group
 from tether.store.documents import text_hash
 
 
@@ -174,9 +175,14 @@ def test_a_fit_that_diverges_is_an_error(model, caches):
 
 
 def test_several_processes_need_a_folder_that_they_share(model, tokenizer, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
     words = tiny.documents("words", 12)
-    with pytest.raises(ConfigError, match="cache_folder"):
+    with monkeypatch.context() as patch:
+        patch.setattr("tether.delta.material.current", lambda: Group(2, 0))
+        with pytest.raises(ConfigError, match="cache_folder"):
+            learn_delta(model, tokenizer, words, base_texts=words, window=64)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="start them with torchrun"):
         learn_delta(model, tokenizer, words, base_texts=words, window=64)
 
 

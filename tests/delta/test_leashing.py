@@ -20,6 +20,7 @@ from tether.delta.budget import Budget
 from tether.delta.certificate import certify
 from tether.delta.held_out import HELD_OUT, hold_out
 from tether.delta.leashing import leash_adapter
+from tether.delta.material import states_of
 from tether.delta.verification import verify
 from tether.delta.windows import window_text
 from tether.errors import CheckpointError, ConfigError
@@ -250,6 +251,25 @@ def test_an_adapter_of_tether_is_leashed_further_and_keeps_what_it_carries(model
     other = CausalQwenForCausalLM.from_backbone(foreign_adapters.plain(seed=1))
     with pytest.raises(CheckpointError, match=r"was made on base sha256:.*name the base"):
         leashed(other, tmp_path / "first", folder)
+
+
+def test_of_a_long_domain_text_windows_spread_over_it_are_used(model, folder, tmp_path, monkeypatch):
+    write(TAKEN["LoRA"], tmp_path / "theirs")
+    documents = tiny.documents("digits", 40, 1)
+    every = window_text(documents, tiny.tokenizer(), length=48)
+    monkeypatch.setattr(leashing, "OWN", int(every.starts[-1]) // 3)
+    read = []
+    monkeypatch.setattr(
+        leashing,
+        "states_of",
+        lambda model, texts, *rest, **more: read.extend(texts) or states_of(model, texts, *rest, **more),
+    )
+    made = leashed(model, tmp_path / "theirs", folder, texts=documents, sample=True)
+    (text,) = read
+    assert leashing.OWN * 0.8 < int(text.starts[-1]) < leashing.OWN * 1.2
+    assert text.documents.min() < 5
+    assert text.documents.max() > 35
+    assert set(made.sample) <= set(documents)
 
 
 def test_a_model_that_was_fine_tuned_whole_becomes_a_lora(model, folder, tmp_path, generator):

@@ -359,3 +359,30 @@ def test_a_budget_is_held_on_real_weights(tmp_path):
     print(f"KL {kl:.5f}, factor {leash.adapter.record['factor']:.3f}, {leash.adapter.record['softmax_kl']}")
     assert 0.95 * 0.005 <= kl <= 0.005
     assert verify(tmp_path / "law" / "certificate.json", base="smollm2-135m") == []
+
+
+def test_layers_that_the_trainer_computes_again_are_leashed_alike(work):
+    """With dropout, which the trainer's own loss has and the drift has not."""
+    made = []
+    for wanted in (False, True):
+        leash = TrainerLeash(work / "general.jsonl", budget=BUDGET, window=64, tokens=100_000)
+        config = lora(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.2)
+        trainer = sft(work, leash, config=config, max_steps=10, gradient_checkpointing=wanted)
+        kept, pressed = [], leash.pressed
+
+        def counted(model, pressed=pressed, kept=kept):
+            def pack(values):
+                kept.append(values.nbytes)
+                return values
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+                return pressed(model)
+
+        leash.pressed = counted
+        trainer.train()
+        made.append((leash.adapter, sum(kept)))
+    (plain, much), (again, less) = made
+    assert less < 0.7 * much
+    assert again.record["multiplier"] == pytest.approx(plain.record["multiplier"], rel=1e-6)
+    for name, values in plain.tensors.items():
+        assert_close(again.tensors[name], values, rtol=0, atol=1e-6)

@@ -35,16 +35,20 @@ class Emulated(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, real):
+    def __new__(cls, real, requires_grad=False):
+        # Parameters are made anew by their type, as accelerate does when it brings one to the device.
+        real = real.held if isinstance(real, Emulated) else real
+        if real.is_meta:
+            return torch.nn.Parameter(real, requires_grad)
         made = torch.Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype,
-            layout=real.layout, device=torch.device(NAME, 0), requires_grad=False, storage_size=1 << 60,
+            layout=real.layout, device=torch.device(NAME, 0), requires_grad=requires_grad, storage_size=1 << 60,
         )  # fmt: skip
         made.held = real
         return made
 
-    def __init__(self, held):
-        del held
+    def __init__(self, held, requires_grad=False):
+        del held, requires_grad
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -19,9 +19,11 @@ from tether.causal.checkpoint import save_checkpoint
 from tether.causal.counterfactual import abduct, replay
 from tether.causal.dataset import make_examples
 from tether.causal.evaluation import evaluate
+from tether.causal.fingerprint import fingerprint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
+from tether.causal.offloading import is_offloaded
 from tether.causal.pairs import Pair
 from tether.causal.readout import fit_values
 from tether.delta.account import account
@@ -305,6 +307,21 @@ def observed():
     }
 
 
+def spread():
+    """A layer that lies in memory and comes to the device when it runs."""
+    for part in (tiny.backbone(layers=3), tiny.tokenizer()):
+        part.save_pretrained(FOLDER / "spread")
+    large, tokenizer = load(str(FOLDER / "spread"), device=DEVICE, device_map={"model.layers.1": "cpu"})
+    assert is_offloaded(large) == (DEVICE != "cpu")
+    learnt = learn_delta(
+        large, tokenizer, DIGITS, base_texts=WORDS, name="digits", window=64, budget=0.05, **FIT
+    )
+    served = fuse(large, {learnt: 1.0})
+    ids = torch.arange(40, device=DEVICE)[None]
+    made = served.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=257)
+    return {"norm": float(learnt.second.norm()), "print": fingerprint(large), "ids": made.tolist()}
+
+
 FLOWS = {
     "learn": learnt,
     "learn latent, hard": partial(learnt, name="words", metric="latent", hard=True, budget=20.0),
@@ -328,6 +345,7 @@ FLOWS = {
     "route": routed,
     "beams and caches": beams,
     "observe and record": observed,
+    "a layer elsewhere": spread,
 }
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from checkpoints import plan
 from merge import lape
+from processes import run_two
 from tether.cli.observe import observe as command
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.gram import load_grams, stream_grams
@@ -21,7 +23,18 @@ from tether.merge.packing import pack_bank
 from tether.merge.paths import load_bank
 from tether.merge.probes import load_reader
 from tether.merge.run import merge
+from tether.merge.tefm.observed import parse_encoding
+from tether.processes import Group, joined
 
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+import test_observation as here
+from pathlib import Path
+here.observe_all(Path(sys.argv[1]))
+torch.distributed.destroy_process_group()
+"""
 app = typer.Typer()
 app.command()(command)
 
@@ -147,3 +160,41 @@ def test_matrices_of_another_checkpoint_are_refused_by_a_merge(tmp_path):
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         merged("odd", "a", "b")
     assert not (tmp_path / "odd").exists()
+
+
+def observe_all(folder):
+    options = {"paths": 3, "longest": 8, "encodings": [parse_encoding("position")]}
+    observe(tiny.backbone("llama"), lape.probes(5), folder / "observed", **options)
+    with joined() as group:
+        group.wait()
+
+
+def test_two_processes_observe_what_one_does_and_one_writes(tmp_path):
+    here = Path(__file__).parent
+    observe_all(tmp_path / "one")
+    run_two(SCRIPT.format(paths=[str(here), str(here.parent)]), tmp_path, tmp_path / "two")
+    one, two = (
+        {
+            path.relative_to(tmp_path / name): path
+            for path in sorted((tmp_path / name).rglob("*"))
+            if path.is_file()
+        }
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, path in one.items():
+        if path.suffix != ".safetensors":
+            assert path.read_bytes() == two[name].read_bytes(), name
+            continue
+        with safe_open(path, "pt") as expected, safe_open(two[name], "pt") as found:
+            assert set(expected.keys()) == set(found.keys())
+            for key in expected.keys():  # noqa: SIM118 - it is no dict
+                own, its = expected.get_tensor(key), found.get_tensor(key)
+                assert_close(its, own, rtol=1e-5, atol=1e-6 * max(1.0, float(own.abs().max())))
+
+
+def test_more_processes_than_samples_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tether.merge.observation.current", lambda: Group(9, 0))
+    monkeypatch.setattr(Group, "agree", lambda self, **told: None)
+    with pytest.raises(ConfigError, match="samples for 9 processes"):
+        observe(model, lape.probes(2), tmp_path / "observed")

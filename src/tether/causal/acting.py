@@ -91,7 +91,7 @@ def act(
 
 # A single block is not copied.
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def _law(model: Any, block: Block, logits: Tensor) -> list[Tensor | None]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tether.causal.card import CARD, fused_card
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import NumericTokenizer
 from tether.errors import ConfigError
@@ -22,7 +23,7 @@ def save_checkpoint(
     inputs: Mapping[str, Path] | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write a model with its tokenizer and manifest, loadable by `AutoModelForCausalLM`.
+    """Write a model with its tokenizer, manifest and model card, loadable by `AutoModelForCausalLM`.
 
     Args:
         model: converted or fused.
@@ -56,5 +57,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(target)
         recipe = {"fusion": model.config.fusion, "preset": model.config.preset}
         write_manifest(target, Manifest(kind="checkpoint", inputs=tuple(listed), recipe=recipe))
+        card = fused_card(folder.resolve().name, model.config.fusion)
+        (target / CARD).write_text(card, encoding="utf-8", newline="\n")
     model.name_or_path = str(folder)
     return folder

@@ -250,10 +250,10 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
         written = copy.copy(self)
         written.auto_map = auto_map(type(self).__name__, self.model_class)
         written.architectures = [self.model_class]
-        written.backbone_config = copy.copy(self.backbone_config)
-        source = str(getattr(self.backbone_config, "_name_or_path", "") or "")
-        if Path(source).is_absolute() or Path(source).exists():
-            written.backbone_config._name_or_path = ""
+        written.backbone_config = backbone = copy.copy(self.backbone_config)
+        source = str(getattr(backbone, "_name_or_path", "") or "")
+        if isinstance(backbone, PreTrainedConfig) and (Path(source).is_absolute() or Path(source).exists()):
+            backbone._name_or_path = ""
         write_code(save_directory)
         return super(CausalQwenConfig, written).save_pretrained(save_directory, *args, **options)
 

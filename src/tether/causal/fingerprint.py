@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.causal.offloading import fetched, is_offloaded, weights_of
+from tether.causal.quantising import refuse_packed
 from tether.errors import CheckpointError, IdentityError
 
 __all__ = [
@@ -118,20 +120,21 @@ def _plain_names(config: Any) -> tuple[str, str]:
     return prefix, next(iter(names), "action.weight")
 
 
-def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
+def _weights(module: torch.nn.Module) -> dict[str, Any]:
     named = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {
         name: part
         for name, part in module.state_dict().items()
         if name not in named and isinstance(part, Tensor)
     }
-    return {**dict(module.named_parameters()), **buffers}
+    return {**weights_of(module), **buffers}
 
 
-def _hashed(weights: Mapping[str, Tensor]) -> str:
+def _hashed(weights: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        weight = fetched(weight)
         # Whole numbers in buffers would not survive the rounding.
         dtype = torch.bfloat16 if weight.is_floating_point() else weight.dtype
         rounded = weight.detach().to("cpu", dtype).contiguous().reshape(-1)
@@ -271,7 +274,9 @@ class Fingerprinted:
 
         Raises:
             CheckpointError: the model is fused, and its backbone is no longer the one of its deltas.
-        """
+            ConfigError: the base is quantised.
+        """  # noqa: DOC502 - raised by refuse_packed
+        refuse_packed(self, "a checkpoint")
         if self.fusion is not None and is_changed(self):
             raise CheckpointError(
                 "the weights of the backbone have changed since the deltas were fused into it: take them out with "
@@ -279,6 +284,10 @@ class Fingerprinted:
             )
         if self.fusion is None and _written(self):
             renew_fingerprint(self)
+        if is_offloaded(self.backbone):  # type: ignore[attr-defined]
+            # All of it is then in memory at once.
+            held = weights_of(self)  # type: ignore[arg-type]
+            options["state_dict"] = self.state_dict() | {name: fetched(each) for name, each in held.items()}  # type: ignore[attr-defined]
         super().save_pretrained(*args, **options)  # type: ignore[misc]
 
 
@@ -287,5 +296,6 @@ def _versions(model: Any) -> dict[str, tuple[int, int]]:
     return {
         name: (id(parameter), -1 if parameter.is_inference() else parameter._version)
         for name, parameter in model.named_parameters()
-        if not name.startswith("fusion.")
+        # What is offloaded is another object after each pass, and is never written to.
+        if not (name.startswith("fusion.") or parameter.is_meta)
     }

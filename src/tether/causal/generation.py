@@ -195,6 +195,21 @@ class CausalGeneration(GenerationMixin):  # type: ignore[misc]
         _remember_text(result, kwargs.get("past_key_values"), beams)
         return result
 
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Refuse continuous batching.
+
+        Raises:
+            ConfigError: always. All requests would arrive as one row, and the numbers, gates and weights of one text
+                be those of another; even a sum without gates would write other text than `generate` does.
+        """
+        raise ConfigError(
+            "continuous batching (generate_batch, init_continuous_batching) puts requests into one row, and this model "
+            "would read them as one text: call generate with padding=True in the tokenizer, or start 'tether serve', "
+            "which answers request by request"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def _trail(self, ids: Tensor | None, kwargs: dict[str, Any], values: Tensor | None) -> Trail | None:
         if self.config.num_token_id is None:
             return None

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,14 @@ def _from_pretrained(loader: Any, path: str, name: str, **options: Any) -> Any:
 
 
 def load_backbone(
-    name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    quantization_config: Any = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a plain causal LM and its tokenizer.
 
@@ -154,12 +162,20 @@ def load_backbone(
         name: alias (`smollm2-135m`), path (a checkpoint folder or a `.gguf` file) or hub id.
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where to put the model; None leaves it on the CPU.
+        quantization_config: pack the linear layers below the output head: `4bit`, `8bit` or a `BitsAndBytesConfig`; see
+            `tether.causal.quantising`.
+        device_map: where layers lie that have no room on the device: `auto`, or places by the names that parts have in
+            the plain causal LM, such as `{"model.layers.3": "disk"}`; see `tether.causal.offloading`.
+        offload_folder: where layers on disk are written that are in no file of the checkpoint as they are needed.
+        max_memory: bytes of each device for `auto`, as accelerate takes it, such as `{0: "20GB", "cpu": "60GB"}`.
 
     Returns:
         The model in evaluation mode and its tokenizer, which reads digits as text.
 
     Raises:
         CheckpointError: nothing loadable under that name, a damaged file, or no tokenizer.
+        ConfigError: a package for packing or placing is not installed, or what is asked for does not go with this
+            checkpoint.
     """  # noqa: DOC502 - raised by what it calls
     path = resolve(name)
     check_folder(path, name)
@@ -167,10 +183,63 @@ def load_backbone(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tether.causal.numbers import without_numbers
+    from tether.causal.offloading import follow_input
+    from tether.causal.quantising import settle
 
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
+    if quantization_config is not None:
+        if device_map is not None:
+            raise ConfigError(
+                "device_map with quantisation: expected one of both; a packed base is a quarter as large"
+            )
+        options |= _packed(path, name, quantization_config, dtype, device)
+    elif device_map is not None:
+        options |= _spread(path, name, device_map, dtype, device, max_memory)
+        options |= {} if offload_folder is None else {"offload_folder": str(offload_folder)}
     tokenizer = without_numbers(_from_pretrained(AutoTokenizer, path, name))
-    model = _from_pretrained(AutoModelForCausalLM, path, name, dtype=dtype or "auto")
-    return model.to(device).eval() if device else model.eval(), tokenizer
+    model = _from_pretrained(AutoModelForCausalLM, path, name, **options).eval()
+    if "quantization_config" in options:
+        settle(model)
+    elif device_map is not None:
+        follow_input(model.base_model, model._skip_keys_device_placement)
+    elif device:
+        model = model.to(device)
+    return model, tokenizer
+
+
+def _packed(path: str, name: str, asked: Any, dtype: torch.dtype | None, device: Any) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    from tether.causal.quantising import find_packing
+
+    find_packing(asked, dtype)
+    config = _from_pretrained(AutoConfig, path, name)
+    if config.model_type.startswith("causal_qwen"):
+        raise ConfigError(
+            f"{name}: a checkpoint of tether is loaded as it is; quantise the plain base that it was made of"
+        )
+    # What is asked for by name computes in the number format that the checkpoint has.
+    packing: Any = find_packing(asked, dtype or config.dtype)
+    return {"quantization_config": packing.config(), "device_map": {"": str(device or "cpu")}}
+
+
+def _spread(
+    path: str, name: str, asked: Any, dtype: torch.dtype | None, device: Any, max_memory: Any
+) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tether.causal.offloading import make_map
+
+    config = _from_pretrained(AutoConfig, path, name)
+    if config.model_type == "causal_qwen_adapted":
+        raise ConfigError(
+            f"{name}: adapters run in every layer, which therefore stay on the device; leave device_map out, or learn "
+            "adapters on a quantised base"
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    where = torch.device(device or "cpu")
+    return {"device_map": make_map(model, asked, where, dtype=dtype or config.dtype, max_memory=max_memory)}
 
 
 def load(
@@ -178,6 +247,11 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     preset: str = "calibrated",
+    *,
+    quantization_config: Any = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
 ) -> "tuple[CausalQwenForCausalLM, PreTrainedTokenizerBase]":
     """Load a CausalQwen checkpoint, or wrap a plain causal LM as one.
 
@@ -187,6 +261,13 @@ def load(
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where to put the model.
         preset: start of the causal head where a plain model is wrapped.
+        quantization_config: pack the linear layers of a plain base: `4bit`, `8bit` or a `BitsAndBytesConfig`. Its
+            output head and what is put around it stay in full precision. Adapters can be learnt, fused, served and
+            certified on such a base; what reads or writes its weights refuses it.
+        device_map: where layers of a frozen backbone lie that have no room on the device: `auto`, or places by name.
+            Deltas are learnt, fused, served and certified so; adapters are not.
+        offload_folder: as of `load_backbone`.
+        max_memory: as of `load_backbone`.
 
     Returns:
         The model in evaluation mode and its tokenizer: a `NumericTokenizer` where the model reads numbers, a plain
@@ -195,10 +276,14 @@ def load(
     Raises:
         CheckpointError: nothing loadable under that name, a damaged file, no tokenizer, or one with another `<NUM>`
             than the model's.
-    """
+        ConfigError: as of `load_backbone`.
+    """  # noqa: DOC502 - raised by what it calls
     from tether.causal.modeling import CausalQwenForCausalLM
 
-    model, tokenizer = load_backbone(name, dtype, device)
+    model, tokenizer = load_backbone(
+        name, dtype, device, quantization_config=quantization_config, device_map=device_map,
+        offload_folder=offload_folder, max_memory=max_memory,
+    )  # fmt: skip
     if not isinstance(model, CausalQwenForCausalLM):
         return CausalQwenForCausalLM.from_backbone(model, preset=preset), tokenizer
     if model.config.num_token_id is None:

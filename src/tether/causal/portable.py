@@ -1,5 +1,6 @@
 """The few lines of code that a checkpoint carries, by which transformers loads it where nobody imported tether."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def tokenizer_map(tokenizer: str) -> dict[str, Any]:
     return {"AutoTokenizer": [None, f"{CODE}.{tokenizer}"]}
 
 
-def write_code(folder: str | Path) -> None:
+def write_code(folder: str | os.PathLike[str]) -> None:
     """Put the code beside a checkpoint.
 
     Args:

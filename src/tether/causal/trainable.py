@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tether.causal.dataset import count_labels
 from tether.causal.losses import IGNORE, ovr_loss
 from tether.causal.modeling import CausalOutput, CausalQwenForCausalLM
+from tether.causal.offloading import refuse_offloaded
+from tether.causal.quantising import refuse_packed
 from tether.causal.term import Term
 from tether.errors import ConfigError
 
@@ -172,6 +174,8 @@ def select(model: CausalQwenForCausalLM, options: TrainOptions) -> dict[str, nn.
             "a model with fused deltas, which are bound to the weights they were learnt on: train the base, then "
             "learn deltas on it"
         )
+    refuse_packed(model, "a training")
+    refuse_offloaded(model, "a training")
     tied = model.action.weight is model.get_input_embeddings().weight
     if options.untie and tied:
         model.action.weight = nn.Parameter(model.action.weight.detach().clone())

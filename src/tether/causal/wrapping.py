@@ -13,6 +13,7 @@ from tether.causal.config import PRESETS, CausalQwenConfig
 from tether.causal.constants import CONSTANTS, set_constants
 from tether.causal.fingerprint import renew_fingerprint
 from tether.causal.layers import Abduction, NumericEmbedding
+from tether.causal.quantising import packed
 from tether.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -139,6 +140,13 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
+# Of weights, and of buffers that are saved. Packed weights come with scales, which a plain model has not.
+def _names(backbone: PreTrainedModel) -> set[str]:
+    if packed(backbone) is not None:
+        return {name for name, _ in backbone.named_parameters()}
+    return set(backbone.state_dict())
+
+
 # On the meta device nothing is allocated twice: the backbone and the head are taken over as they are.
 def _taken_over(
     cls: type["CausalQwenForCausalLM"],
@@ -149,7 +157,7 @@ def _taken_over(
 ) -> "CausalQwenForCausalLM":
     with torch.device("meta"):
         wrapped = cls(config)
-    given, loaded = model.base_model.state_dict(), wrapped.backbone.state_dict()
+    given, loaded = _names(model.base_model), _names(wrapped.backbone)
     if set(given) != set(loaded) or type(model.base_model) is not type(wrapped.backbone):
         odd = sorted(set(given) ^ set(loaded))[:3]
         raise ConfigError(

@@ -1,11 +1,13 @@
 """What `learn` and `fuse` do with LoRA adapters in place of deltas."""
 
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tether.cli.output import emit
-from tether.cli.placing import load
+from tether.cli.output import emit, tell
+from tether.cli.placing import load, refuse_spread
 from tether.cli.progress import reporter
 from tether.cli.texts import hashes_of, open_texts
 from tether.errors import ConfigError
@@ -65,6 +67,7 @@ def learn_adapter(
     from tether.delta.adapter_training import AdapterFit
     from tether.delta.budget import Budget
     from tether.delta.held_out import HELD_OUT
+    from tether.delta.unfinished import Unfinished, beside
     from tether.store.place import check_free
 
     if kind != "lora":
@@ -80,16 +83,29 @@ def learn_adapter(
         held_out=HELD_OUT if held_out is None else held_out,
         **fit,
     )
+    refuse_spread("an adapter")
     lora_config(chosen.rank, chosen.alpha)
     own, general = open_texts([text, base_text])
     check_free(out)
     base, tokenizer = load(model)
-    with reporter() as steps:
-        adapter = adapter_learning.learn_adapter(
-            base, tokenizer, own, base_texts=general, name=out.stem, window=window, tokens=tokens,
-            cache_folder=cache, disk=disk, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
-        )  # fmt: skip
-    adapter.save(out, inputs=hashes_of({"domain": own, "base": general}))
+    unfinished = Unfinished(beside(out) if cache is None else cache)
+    try:
+        with reporter() as steps:
+            adapter = adapter_learning.learn_adapter(
+                base, tokenizer, own, base_texts=general, name=out.stem, window=window, tokens=tokens,
+                cache_folder=cache, disk=disk, sample=sample, on_step=steps(f"learning {out.stem}"), fit=chosen,
+                unfinished=unfinished,
+            )  # fmt: skip
+        adapter.save(out, inputs=hashes_of({"domain": own, "base": general}))
+    except BaseException:
+        if step := unfinished.step():
+            again = shlex.join(["tether", *sys.argv[1:]])
+            tell(
+                f"{unfinished.path}: the fit is kept up to step {step}; to go on from there, type: {again}",
+                "yellow",
+            )
+        raise
+    unfinished.remove()
     told = learnt_told(adapter.record, adapter.sample, model=model, out=out, asked=sample, kind=own.kind)
     record = {key: value for key, value in adapter.record.items() if key != "curve"}
     emit({"path": str(out), "name": adapter.name, **record, "sample": list(adapter.sample)}, as_json, told)
@@ -137,6 +153,7 @@ def fuse_adapters(
             f"{', '.join(deltas)} beside adapters: expected one kind; learn the domain in the same form"
         )
     check_free(out)
+    refuse_spread("an adapter")
     adapters = {Adapter.load(path): weight for path, weight in paths.items()}
     base, tokenizer = load(model)
     rule = None if prior is None else Rule(prior=prior)

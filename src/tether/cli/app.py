@@ -12,11 +12,26 @@ from rich.logging import RichHandler
 from typer.core import TyperCommand
 
 from tether._version import __version__
-from tether.cli import causal, doctor, domains, export, learn, leash, ledger, merge, router, theory, training
+from tether.cli import (
+    causal,
+    doctor,
+    domains,
+    export,
+    learn,
+    leash,
+    ledger,
+    merge,
+    push,
+    router,
+    serve,
+    theory,
+    training,
+)
 from tether.cli.asked import listen
 from tether.cli.codes import run, stop
 from tether.cli.output import plain
 from tether.cli.placing import placed
+from tether.cli.several import by_one
 from tether.cli.texts import reads_texts
 from tether.errors import ConfigError
 
@@ -24,6 +39,9 @@ __all__ = ["app", "main"]
 
 TEXTS = ("--text", "--base-text", "--probes")
 """Options of which a user who gives two expects both to be read."""
+
+SHARED = frozenset({"certify", "learn", "leash", "observe", "train"})
+"""Commands whose work several processes share; of every other command one process does all."""
 
 
 class Once(TyperCommand):
@@ -57,15 +75,19 @@ app = typer.Typer(
     help="Teach a language model new domains on a KL leash, fuse them, and certify how far the model has moved.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.command()(domains.demo)
 _LOADING: tuple[Callable[..., Any], ...] = (
     causal.convert, learn.learn, leash.leash, domains.fuse, domains.certify, router.route, ledger.ledger, export.export,
-    causal.generate, causal.counterfactual, training.evaluate,
+    causal.generate, causal.counterfactual, training.evaluate, serve.serve,
 )  # fmt: skip
 _OF_ONE_FORMAT: tuple[Callable[..., Any], ...] = (domains.verify, training.train)
 """A certificate names its number format, and a training keeps weights in float32."""
+_QUANTISING: tuple[Callable[..., Any], ...] = (learn.learn, domains.fuse, causal.generate)
+"""Of what these have written it is known how the base was quantised, and it is loaded so."""
+_SPREADING: tuple[Callable[..., Any], ...] = (
+    learn.learn, domains.fuse, domains.certify, domains.verify, causal.generate, ledger.ledger,
+)  # fmt: skip
 _READING: tuple[Callable[..., Any], ...] = (
     causal.convert, learn.learn, domains.fuse, domains.certify, router.route, ledger.ledger, leash.leash,
     training.train, training.evaluate,
@@ -73,13 +95,17 @@ _READING: tuple[Callable[..., Any], ...] = (
 for number_formats, commands in ((True, _LOADING), (False, _OF_ONE_FORMAT)):
     for each in commands:
         read = reads_texts(each) if each in _READING else each
-        app.command()(placed(read, dtype=number_formats))
+        more = {"quantise": each in _QUANTISING, "spread": each in _SPREADING}
+        app.command()(placed(read, dtype=number_formats, **more))
+app.command()(push.push)
 app.command()(doctor.doctor)
 app.add_typer(theory.app)
 app.add_typer(merge.merge_app, name="merge")
 for group in (app, theory.app, merge.merge_app):
     for command in group.registered_commands:
         command.cls = Once
+        if command.callback is not None and (command.name or command.callback.__name__) not in SHARED:
+            command.callback = by_one(command.callback)
 
 
 class _Plain(logging.Formatter):

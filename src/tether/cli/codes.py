@@ -13,7 +13,8 @@ import typer
 from tether._version import __version__
 from tether.cli.asked import ASKED
 from tether.cli.output import plain, tell
-from tether.errors import IdentityError, TetherError
+from tether.cli.several import ended, together
+from tether.errors import GroupError, IdentityError, TetherError
 
 __all__ = ["DONE", "FAILED", "FAULT", "INTERRUPTED", "UNHEARD", "UNUSABLE", "run", "stop"]
 
@@ -26,7 +27,7 @@ UNUSABLE = 2
 FAULT = 3
 """A fault of tether itself."""
 INTERRUPTED = 130
-"""Stopped by Ctrl-C, as shells say it (128 + 2)."""
+"""Stopped by Ctrl-C, as shells say it (128 + 2), or by the end of another process of its group."""
 UNHEARD = 141
 """Whoever read the output has gone, as shells say it (128 + 13)."""
 
@@ -51,19 +52,30 @@ def run(command: Callable[[], Any]) -> int:
             # A console of another encoding shows what it cannot show by its number.
             stream.reconfigure(errors="backslashreplace")
     try:
+        with together():
+            return _run(command)
+    except TetherError as error:
+        # The processes of the command do not find each other.
+        tell(str(error))
+        return UNUSABLE
+
+
+def _run(command: Callable[[], Any]) -> int:
+    try:
         try:
             command()
-        except SystemExit as left:
-            return _left(left)
+        except SystemExit as error:
+            left = error
+            return ended(lambda: _left(left))
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as asked:
+        return ended(_interrupted, asked)
     except BrokenPipeError:
-        return UNHEARD
+        return ended(lambda: UNHEARD)
     except BaseException as error:
-        return _stopped(error)
-    return DONE
+        return ended(lambda: _stopped(error), error)
+    return ended(lambda: DONE)
 
 
 def _stopped(error: BaseException) -> int:
@@ -71,6 +83,9 @@ def _stopped(error: BaseException) -> int:
         return _interrupted()
     if said := _memory_is_short(error):
         return _full(said)
+    if isinstance(error, GroupError):
+        tell(str(error), "yellow")
+        return INTERRUPTED
     if isinstance(error, IdentityError):
         tell(str(error))
         return FAILED
@@ -161,4 +176,9 @@ def stop(code: int) -> NoReturn:
     if code == UNHEARD:
         # Python flushes stdout once more at the end, and would say that nobody reads it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+        # What connects processes may have threads that outlive the work, and would end in an abort of their own.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)

@@ -23,6 +23,10 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "figures"),
     "sklearn": ("scikit-learn", "merges by ensembles of neurons"),
     "cryptography": ("cryptography", "signed certificates"),
+    "fastapi": ("fastapi", "tether serve"),
+    "uvicorn": ("uvicorn", "tether serve"),
+    "openai": ("openai", "tether serve"),
+    "prometheus_client": ("prometheus-client", "tether serve"),
 }
 """Packages that a part of tether needs, by the name of their module: the package, and what it is for."""
 NEEDED = ("torch", "transformers", "safetensors", "numpy")

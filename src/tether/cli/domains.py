@@ -11,7 +11,7 @@ from tether.cli.adapters import fuse_adapters
 from tether.cli.leash import refuse_raw
 from tether.cli.ledger import fuse_domains
 from tether.cli.output import emit, quiet_libraries, tell
-from tether.cli.placing import load, place
+from tether.cli.placing import load, place, refuse_quantise, spread
 from tether.cli.progress import reporter
 from tether.cli.texts import open_texts, text_name
 from tether.errors import ConfigError
@@ -101,7 +101,9 @@ def fuse(
     text: Annotated[str | None, typer.Option(help="General text on which the budget is checked.")] = None,
     check: Annotated[
         list[str] | None,
-        typer.Option(help="Text of a domain to compare on, DOMAIN=FILE, in place of what its delta carries."),
+        typer.Option(
+            help="Text of a domain to compare on (8,192 tokens of it), DOMAIN=FILE; else what its delta carries."
+        ),
     ] = None,
     as_json: JSON = False,
 ) -> None:
@@ -137,6 +139,7 @@ def fuse(
             leash=leash or None, leash_metric=leash_metric, as_json=as_json,
         )  # fmt: skip
         return
+    refuse_quantise("fusing deltas")
     fuse_domains(
         model, paths, out, by=by, prior=prior, chart=chart, gated=False if no_gate else (True if gate else None),
         gate=gate, leash=leash, leash_metric=leash_metric, remove=remove or [], budget=budget,
@@ -176,6 +179,7 @@ def certify(
 ) -> None:
     """Measure how far a fused model has moved from its base and put it on record."""
     quiet_libraries()
+    from tether.causal.quantising import packed
     from tether.delta.certificate import certify as certify_model
     from tether.delta.declared import broken, metric_of
     from tether.delta.record import check_referable, is_certificate
@@ -191,8 +195,8 @@ def certify(
         raise ConfigError(f"texts {', '.join(text)}: expected files of different names; rename one")
     opened = dict(zip(names, open_texts(text), strict=True))
     check_referable(opened)
-    base, tokenizer = load(model)
     moved, _ = load(str(fused))
+    base, tokenizer = load(model, packing=packed(moved))
     with reporter() as steps:
         certificate = certify_model(
             base,
@@ -270,7 +274,7 @@ def verify(
     signer = None if key is None else public_key(key)
     with reporter() as steps:
         wrong = verify_certificate(
-            certificate, base=base, key=signer, device=place()[0], on_step=steps("recomputing")
+            certificate, base=base, key=signer, device=place()[0], on_step=steps("recomputing"), **spread()
         )
     left = not_checked(certificate, base=base is not None, key=key is not None)
     told = wrong or [f"{certificate}: holds", *([f"not checked: {'; '.join(left)}"] if left else [])]

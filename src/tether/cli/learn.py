@@ -8,7 +8,7 @@ import typer
 from tether.cli.adapters import learn_adapter
 from tether.cli.configured import printed, read_config
 from tether.cli.output import emit, quiet_libraries
-from tether.cli.placing import load
+from tether.cli.placing import load, refuse_quantise
 from tether.cli.progress import reporter
 from tether.cli.texts import TEXT, open_texts
 from tether.errors import ConfigError
@@ -111,6 +111,13 @@ def learn(
         int | None,
         typer.Option(min=1, help="Of an adapter: its update is alpha / rank B A.", show_default="16"),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Of an adapter: compute layers again in the backward pass: less memory, more time, the same adapter.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of shuffles and draws.")] = 0,
     config: Annotated[
         Path | None,
@@ -145,7 +152,9 @@ def learn(
             "penalty": penalty is not None, "chart": chart != "symmetric", "features": features != "last",
             "location_only": location_only, "hard": hard, "keep_values": keep_values,
         }  # fmt: skip
-        given |= {} if alpha is None else {"alpha": alpha}
+        given |= {"gradient_checkpointing": gradient_checkpointing} | (
+            {} if alpha is None else {"alpha": alpha}
+        )
         learn_adapter(
             adapter, model, text, base_text, out, budget=BUDGET if budget is None else budget, metric=metric,
             quantile=quantile, gate=not no_gate, tokens=tokens, cache=cache, disk=disk * 1e9,
@@ -155,6 +164,12 @@ def learn(
         return
     if alpha is not None:
         raise ConfigError("--alpha is of an adapter: a delta has none; leave it out, or add --adapter lora")
+    refuse_quantise("learning a delta")
+    if gradient_checkpointing:
+        raise ConfigError(
+            "--gradient-checkpointing is of an adapter: a delta's fit does not go through the backbone; leave it out, "
+            "or add --adapter lora"
+        )
     from tether.cli.learnt import learnt_told
     from tether.delta.held_out import HELD_OUT
     from tether.delta.learning import check_options, learn_delta

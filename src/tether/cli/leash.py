@@ -39,7 +39,7 @@ def leash(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text of its domain, likewise: for a gate, a sample, and the loss before and after."
+            help="Text of its domain, likewise (32,768 tokens of it): for a gate, a sample, the loss before and after."
         ),
     ] = None,
     no_gate: Annotated[

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from logging import ERROR, getLogger
 from typing import Any
 
 import typer
@@ -81,4 +82,6 @@ def quiet_libraries() -> None:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
     logging.set_verbosity_error()
+    # It reports that a faster product could be downloaded.
+    getLogger("bitsandbytes").setLevel(ERROR)
     logging.disable_progress_bar()

@@ -1,17 +1,21 @@
-"""`--device` and `--dtype`: where a command computes, the same for every command that loads a model."""
+"""`--device`, `--dtype` and their like: where and in what a command computes, the same for all that load a model."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+
+from tether.cli.several import connect
+from tether.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load", "load_backbone", "place", "placed"]
+__all__ = ["load", "load_backbone", "place", "placed", "refuse_quantise", "refuse_spread", "spread"]
 
 Device = Annotated[
     str,
@@ -26,33 +30,81 @@ Dtype = Annotated[
     ),
 ]
 
-_GIVEN: ContextVar[tuple[str, str]] = ContextVar("_GIVEN", default=("auto", "auto"))
-"""What the command that runs was given."""
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack the base's linear layers: 4bit or 8bit. Adapters are learnt, fused and served on such a base."
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: keep layers that have no room on the device in memory or on disk. For deltas, not for adapters."
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None, typer.Option(help="Where such layers are written that no file of the checkpoint holds.")
+]
+FORMS = ("4bit", "8bit")
 
 
-def placed(command: Callable[..., Any], *, dtype: bool = True) -> Callable[..., Any]:
+class Given(NamedTuple):
+    """What a command was given of its place."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quantise: str | None = None
+    device_map: str | None = None
+    offload_folder: Path | None = None
+
+
+_NOTHING = Given()
+_GIVEN: ContextVar[Given] = ContextVar("_GIVEN", default=_NOTHING)
+"""Of the command that runs."""
+
+
+def placed(
+    command: Callable[..., Any], *, dtype: bool = True, quantise: bool = False, spread: bool = False
+) -> Callable[..., Any]:
     """Give a command the options of its place.
 
     Args:
         command: loads its models by `load` or `load_backbone` of this module.
         dtype: whether it takes a number format too.
+        quantise: whether its base may be packed.
+        spread: whether layers of its backbone may lie elsewhere.
 
     Returns:
-        The command with `--device`, and `--dtype` if asked for.
+        The command with `--device`, and `--dtype`, `--quantise`, `--device-map` and `--offload-folder` if asked for.
     """
-    more = {"device": Device, **({"dtype": Dtype} if dtype else {})}
+    more: dict[str, Any] = {"device": Device, **({"dtype": Dtype} if dtype else {})}
+    more |= {"quantise": Quantise} if quantise else {}
+    more |= {"device_map": DeviceMap, "offload_folder": OffloadFolder} if spread else {}
 
     @functools.wraps(command)
-    def run(*args: Any, device: str = "auto", dtype: str = "auto", **options: Any) -> Any:
-        before = _GIVEN.set((device, dtype))
+    def run(*args: Any, **options: Any) -> Any:
+        given = Given(**{name: options.pop(name) for name in more if name in options})
+        if given.quantise not in (None, *FORMS):
+            raise ConfigError(f"--quantise {given.quantise}: expected {' or '.join(FORMS)}")
+        if given.device_map not in (None, "auto"):
+            raise ConfigError(
+                f"--device-map {given.device_map}: expected auto; places by name are given in Python"
+            )
+        if given.offload_folder is not None and given.device_map is None:
+            raise ConfigError("--offload-folder without --device-map: add --device-map auto, or leave it out")
+        before = _GIVEN.set(given)
         try:
+            connect(given.device)
             return command(*args, **options)
         finally:
             _GIVEN.reset(before)
 
     signature = inspect.signature(command)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(name, keyword, default="auto", annotation=kind) for name, kind in more.items()]
+    keyword, defaults = inspect.Parameter.KEYWORD_ONLY, Given._field_defaults
+    added = [
+        inspect.Parameter(name, keyword, default=defaults[name], annotation=kind)
+        for name, kind in more.items()
+    ]
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
     run.__annotations__ = {**command.__annotations__, **more}
     return run
@@ -69,17 +121,64 @@ def place() -> "tuple[torch.device, torch.dtype | None]":
     """
     from tether.causal.placement import find_device, find_dtype
 
-    named, spelt = _GIVEN.get()
-    device = find_device(named)
-    return device, find_dtype(spelt, device)
+    given = _GIVEN.get()
+    device = find_device(given.device)
+    return device, find_dtype(given.dtype, device)
 
 
-def load(name: str, dtype: "torch.dtype | None" = None) -> Any:
+def spread() -> dict[str, Any]:
+    """Tell where the command's layers shall lie.
+
+    Returns:
+        Keyword arguments of `tether.load`.
+    """
+    given = _GIVEN.get()
+    return (
+        {}
+        if given.device_map is None
+        else {"device_map": given.device_map, "offload_folder": given.offload_folder}
+    )
+
+
+def refuse_quantise(doing: str) -> None:
+    """Refuse `--quantise` where a command does what needs a base in full precision, before anything is loaded.
+
+    Args:
+        doing: what needs it.
+
+    Raises:
+        ConfigError: it was given.
+    """
+    if (form := _GIVEN.get().quantise) is not None:
+        raise ConfigError(
+            f"--quantise {form}: {doing} needs the base in full precision; leave it out, or learn an adapter "
+            "(--adapter lora), which a quantised base takes"
+        )
+
+
+def refuse_spread(doing: str) -> None:
+    """Refuse `--device-map` where a command needs the whole backbone on the device, before anything is loaded.
+
+    Args:
+        doing: what needs it.
+
+    Raises:
+        ConfigError: it was given.
+    """
+    if _GIVEN.get().device_map is not None:
+        raise ConfigError(
+            f"--device-map: {doing} runs through every layer, which therefore stay on the device; leave it out, or "
+            "quantise the base (--quantise 4bit)"
+        )
+
+
+def load(name: str, dtype: "torch.dtype | None" = None, packing: Any = None) -> Any:
     """Load a model and its tokenizer where the command computes; see `tether.load`.
 
     Args:
         name: alias, path or hub id.
         dtype: taken where the command was given none.
+        packing: of the base, taken where the command was given none.
 
     Returns:
         Both.
@@ -87,7 +186,9 @@ def load(name: str, dtype: "torch.dtype | None" = None) -> Any:
     from tether.causal.loading import load as load_anywhere
 
     device, asked = place()
-    return load_anywhere(name, asked or dtype, device)
+    return load_anywhere(
+        name, asked or dtype, device, quantization_config=_GIVEN.get().quantise or packing, **spread()
+    )  # fmt: skip
 
 
 def load_backbone(name: str) -> Any:

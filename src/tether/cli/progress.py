@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from tether.cli.asked import go_on
 from tether.cli.output import plain
+from tether.cli.several import go_on as go_on_together
 
 __all__ = ["Reporter", "reporter"]
 
@@ -36,6 +37,7 @@ def reporter() -> Iterator[Reporter]:
         def start(name: str) -> Callable[[dict[str, float]], None]:
             def on_step(entry: dict[str, float]) -> None:
                 go_on()
+                go_on_together()
                 done, total = (
                     (entry.get("done"), entry.get("total"))
                     if "done" in entry

@@ -22,6 +22,7 @@ __all__ = [  # noqa: F822 - resolved below
     "adapter_probe",
     "adapter_scaling",
     "adapter_serving",
+    "adapter_share",
     "adapter_source",
     "adapter_training",
     "anchor",
@@ -30,6 +31,7 @@ __all__ = [  # noqa: F822 - resolved below
     "cache",
     "carried",
     "certificate",
+    "dealt",
     "delta",
     "difference",
     "export",
@@ -50,6 +52,7 @@ __all__ = [  # noqa: F822 - resolved below
     "outcome",
     "planned",
     "ray",
+    "recomputing",
     "record",
     "regret",
     "shards",
@@ -61,6 +64,7 @@ __all__ = [  # noqa: F822 - resolved below
     "trainer_leash",
     "training",
     "unadapted",
+    "unfinished",
     "windows",
 ]
 

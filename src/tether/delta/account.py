@@ -11,6 +11,7 @@ from tether.causal.mixture import Block
 from tether.causal.softmax import softmax_kl
 from tether.causal.walk import Reading
 from tether.delta.cache import hidden_states
+from tether.delta.dealt import dealt
 from tether.delta.windows import Windows
 
 __all__ = ["Account", "account"]
@@ -48,7 +49,6 @@ class Account(NamedTuple):
     density: Tensor
 
 
-@torch.no_grad()
 def account(
     models: Sequence[Any],
     windows: Windows,
@@ -59,7 +59,8 @@ def account(
 ) -> list[Account]:
     """Measure fusions by evidence that stand on one base, in one pass of the backbone over a text.
 
-    What is measured is what the model serves: both read `Mixture.serve`. Cost per token: one backbone pass, and for
+    What is measured is what the model serves: both read `Mixture.serve`. Processes that work together
+    (`tether.processes.joined`) measure a share of the windows each. Cost per token: one backbone pass, and for
     each fusion one product with the output head for the base and for each expert awake.
 
     Args:
@@ -73,6 +74,28 @@ def account(
     Returns:
         Per-token results of each fusion, in the text's own order.
     """
+
+    def work(part: Windows) -> list[Tensor]:
+        return [values for each in _account(models, part, written, batch_size, on_step) for values in each]
+
+    found, size = dealt(windows, work), len(Account._fields)
+    accounts = [Account(*found[begin : begin + size]) for begin in range(0, len(found), size)]
+    return [each._replace(windows=_of_window(windows)) for each in accounts]
+
+
+def _of_window(windows: Windows) -> Tensor:
+    lengths = windows.starts.diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+@torch.no_grad()
+def _account(
+    models: Sequence[Any],
+    windows: Windows,
+    written: int | None,
+    batch_size: int,
+    on_step: Callable[[dict[str, float]], None] | None,
+) -> list[Account]:
     sinks = [_Sink(model, windows, written) for model in models]
     done, total = 0, len(windows.input_ids)
     for batch in windows.batches(batch_size):
@@ -152,10 +175,10 @@ class _Sink:
             Everything that was served.
         """
         scored = self.windows.targets >= 0
-        found, lengths = self.found, self.windows.starts.diff()
+        found = self.found
         return Account(
             documents=self.windows.documents,
-            windows=torch.arange(len(lengths)).repeat_interleave(lengths),
+            windows=_of_window(self.windows),
             scored=scored,
             base_nll=found["base_nll"][scored],
             nll=found["nll"][scored],

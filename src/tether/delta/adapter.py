@@ -12,12 +12,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tether.causal.offloading import refuse_offloaded
+from tether.causal.quantising import packed, scales_of
 from tether.delta.adapter_scaling import fold, set_strength
 from tether.delta.carried import check_carried
 from tether.delta.gate import Gate, gate_faults
 from tether.delta.peft_config import check_ranks, read_lora
 from tether.errors import CheckpointError, ConfigError
 from tether.names import check_name
+from tether.processes import writes
 from tether.reading import Name, Strict, checked, finite, read_json
 from tether.store.manifest import MANIFEST, Input, Manifest, read_manifest, write_manifest
 from tether.store.publish import publish_folder
@@ -79,7 +82,7 @@ class Adapter:
         return tuple(self.record.get("strengths", (1.0,)))
 
     def save(self, folder: str | Path, *, inputs: Mapping[str, str] | None = None) -> "Adapter":
-        """Write the adapter as one folder, whole or not at all.
+        """Write the adapter as one folder, whole or not at all; of several processes the main one does.
 
         `PeftModel.from_pretrained(base, folder)` loads it: it is within its budget as it is, since the factor
         that met the budget is part of the weights. PEFT knows nothing of the gate.
@@ -92,6 +95,8 @@ class Adapter:
             The same adapter with its path set.
         """
         folder = Path(folder)
+        if not writes():
+            return Adapter(**{**self.__dict__, "path": folder})
         with publish_folder(folder) as target:
             kept = {name: values.detach().cpu().contiguous() for name, values in self.tensors.items()}
             write_safetensors(target / WEIGHTS, kept, {"format": "pt"})
@@ -218,10 +223,14 @@ class Attached:
     def __init__(self, model: Any, name: str, config: Any, generator: torch.Generator | None = None) -> None:
         from peft import get_peft_model
 
+        refuse_offloaded(model, "an adapter")
         self.slots: dict[str, str] = {}
         self._learnt: dict[Any, Tensor] = {}
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(model.backbone.config, trust_remote_code=False)
+        if (packing := packed(model)) is not None:
+            # By these PEFT knows that layers are packed.
+            shell.is_loaded_in_4bit, shell.is_loaded_in_8bit = packing.bits == 4, packing.bits == 8
         copies: dict[int, Any] = {}
         setattr(shell, shell.base_model_prefix, frozen_twin(model.backbone, copies))
         self._shared = [(module, copies[id(module)]) for module in model.backbone.modules()]
@@ -284,7 +293,12 @@ class Attached:
         """
         for module, twin in self._shared:
             for name, values in module.named_parameters(recurse=False):
-                twin.register_parameter(name, nn.Parameter(values.detach(), requires_grad=False))
+                own = (
+                    nn.Parameter(values.detach(), requires_grad=False)
+                    if values.is_floating_point()
+                    else values
+                )
+                twin.register_parameter(name, own)
             for name, values in module.named_buffers(recurse=False):
                 setattr(twin, name, values)
         for module in self.peft.modules():
@@ -378,6 +392,11 @@ def frozen_twin(module: nn.Module, copies: dict[int, Any] | None = None) -> Any:
         The twin.
     """
     shared = {} if copies is None else copies
-    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    # Weights that are packed in whole numbers never ask for a gradient, and know what they were packed with.
+    shared |= {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) if p.is_floating_point() else p
+        for p in module.parameters()
+    }
     shared |= {id(buffer): buffer for buffer in module.buffers()}
+    shared |= {id(each): each for part in module.modules() for each in scales_of(part)}
     return copy.deepcopy(module, shared)

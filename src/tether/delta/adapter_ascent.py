@@ -51,10 +51,11 @@ class Ascent:
         if self.drift is not None:
             self._dual.step(self.drift)
 
-    def go_on_from(self, multiplier: float) -> None:
+    def go_on_from(self, multiplier: float, drift: float | None = None) -> None:
         """Take over the multiplier of a fit that was interrupted.
 
         Args:
             multiplier: as it stood, > 0.
+            drift: the running mean as it stood, or None.
         """
-        self._dual.multiplier = multiplier
+        self._dual.multiplier, self.drift = multiplier, drift

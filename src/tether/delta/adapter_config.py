@@ -24,12 +24,14 @@ class AdaptedConfig(CausalQwenConfig):
     Args:
         base: where the base is: alias, hub id, absolute path, or path relative to the folder; see
             `tether.delta.adapter_serving.find_base`.
+        quantised: how the base is packed, see `tether.causal.quantising`; None for full precision.
     """
 
     model_type = "causal_qwen_adapted"
     model_class: ClassVar[str] = "AdaptedForCausalLM"
 
     base: str | None = None
+    quantised: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

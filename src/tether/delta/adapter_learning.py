@@ -10,23 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.causal.offloading import refuse_offloaded
+from tether.causal.quantising import recorded
 from tether.delta.adapter import Adapter, Attached, lora_config
 from tether.delta.adapter_probe import BaseText, adapter_change, some_windows
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.anchor import check_base
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
-from tether.delta.cache import StateCache, hidden_states, text_inputs
+from tether.delta.cache import StateCache, backbone_print, hidden_states, text_inputs
 from tether.delta.gate import fit_gate
 from tether.delta.held_out import HeldOut, hold_out, leave_out, sample_texts
 from tether.delta.material import DISK, gather, states_of
 from tether.delta.outcome import NO_HELP, budget_share, why_no_more
 from tether.delta.ray import MEASURED
+from tether.delta.recomputing import check_recomputing
 from tether.delta.source import reference
 from tether.delta.strength import change_figures
 from tether.delta.training import Step
+from tether.delta.unfinished import Unfinished, fit_settings
 from tether.delta.values import next_values, value_figures, value_head
 from tether.delta.windows import Windows, reader
+from tether.processes import current, joined
 from tether.scale import meet_budget
 from tether.store.manifest import versions
 
@@ -43,6 +48,7 @@ def fit_adapter(
     on_step: Step | None = None,
     *,
     background: Tensor | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Adapter:
     """Fit a LoRA adapter on every linear layer of the backbone; the model itself is not touched.
 
@@ -64,6 +70,7 @@ def fit_adapter(
         fit: options.
         on_step: called with step, steps, nll, drift and multiplier.
         background: what the base writes of itself, for the gate; see `tether.delta.background`.
+        unfinished: where the fit is kept while it goes on, and from where it goes on if it was stopped there.
 
     Returns:
         The adapter with its record.
@@ -74,12 +81,20 @@ def fit_adapter(
     for cache in (domain, base, held_out):
         check_base(model, cache, ())
     started = time.process_time()
+    if fit.gradient_checkpointing:
+        check_recomputing(model.backbone)
     generator = torch.Generator().manual_seed(fit.seed)
     aside = hold_out(domain.windows, fit.held_out)
     own = leave_out(domain, aside)
     attached = Attached(model, name, lora_config(fit.rank, fit.alpha), generator)
     loop = AdapterTraining(model, attached, name, own, base, fit, generator)
-    loop.run(on_step)
+    group, kept = current(), unfinished
+    state = None
+    if kept is not None:
+        state = group.once(lambda: kept.begin(name, fit_settings(model, own, base, fit)))
+    if state is not None:
+        started -= state.cpu_seconds
+    loop.run(on_step, state=state, unfinished=unfinished)
     record: dict[str, Any] = {
         "adapter": "lora",
         "rank": fit.rank,
@@ -95,13 +110,15 @@ def fit_adapter(
         "fit": {field.name: getattr(fit, field.name) for field in fields(fit) if field.name != "budget"},
         "versions": versions() | {"peft": version("peft")},
     }
+    if (packing := recorded(model)) is not None:
+        record["quantised"] = packing
     if fit.budget is not None:
         record |= meet_adapter(
             model, attached, name, held_out, fit.budget, probe=fit.probe, fisher=loop.fisher
         )
     record |= _measured(model, attached, name, held_out, aside, fit, record)
-    gate = fit_gate(own, background=background) if fit.gate else None
-    record["cpu_seconds"] = time.process_time() - started
+    gate = group.once(lambda: fit_gate(own, background=background)) if fit.gate else None
+    record["cpu_seconds"] = sum(group.gather(time.process_time() - started))
     scaled = {
         key: values.detach().clone() * (record["factor"] if "lora_B" in key else 1.0)
         for key, values in attached.weights(name).items()
@@ -109,6 +126,7 @@ def fit_adapter(
     config = attached.peft.peft_config[attached.slot(name)]
     config.base_model_name_or_path = model.config.get_text_config(decoder=True).name_or_path or None
     config.inference_mode = True
+    # Of several processes each has it: what it depends on was added up or gathered, and is the same in all of them.
     return Adapter(name=name, config=config, tensors=scaled, gate=gate, base=domain.base, record=record)
 
 
@@ -210,6 +228,7 @@ def meet_adapter(
     return {"factor": met.scale, "drift_base": met.drift, "drift_tokens": text.tokens}
 
 
+@joined()
 def learn_adapter(
     model: Any,
     tokenizer: Any,
@@ -224,8 +243,12 @@ def learn_adapter(
     sample: bool = True,
     on_step: Step | None = None,
     fit: AdapterFit | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Adapter:
     """Learn a domain from text as an adapter.
+
+    Processes that `torchrun` or `accelerate launch` started together all call this: each takes its share of the texts
+    and of every step's windows, and all get the same adapter, that of one process up to rounding.
 
     Args:
         model: the base, from `tether.load`.
@@ -240,14 +263,22 @@ def learn_adapter(
         sample: let the adapter carry a few of the documents that were kept aside; not for private text.
         on_step: called with progress.
         fit: options; None takes the defaults.
+        unfinished: where the fit is kept while it goes on. One that was stopped, however, goes on from there with the
+            same call, to the same adapter; who gives it takes it away once the adapter is saved. None keeps the fit in
+            `cache_folder`, if there is one, until it is learnt.
 
     Returns:
         The adapter; `save` writes it.
 
     Raises:
-        ConfigError: a text missing, empty or shorter than one context, or PEFT is not installed.
+        ConfigError: a text missing, empty or shorter than one context, or PEFT is not installed; or processes that
+            differ in what they were given, or do not see one folder for states.
     """  # noqa: DOC502 - raised by what it calls
     chosen = fit or AdapterFit()
+    if chosen.gradient_checkpointing:
+        check_recomputing(model.backbone)
+    refuse_offloaded(model, "an adapter")
+    kept = Unfinished(cache_folder) if unfinished is None and cache_folder else unfinished
     material = gather(
         model,
         tokenizer,
@@ -259,11 +290,20 @@ def learn_adapter(
         gate=chosen.gate,
         disk=disk,
     )
+    group = current()
+    group.agree(
+        work="learning an adapter", base=backbone_print(model), texts=material.hashes, options=chosen, window=window,
+        tokens=tokens, name=material.name, sample=sample,
+    )  # fmt: skip
     domain, base, held_out = states_of(model, material.windows, cache_folder, on_step=on_step)
-    written = write_background(model) if chosen.gate else None
-    adapter = fit_adapter(model, domain, base, held_out, material.name, chosen, on_step, background=written)
+    written = write_background(model) if chosen.gate and group.main else None
+    adapter = fit_adapter(
+        model, domain, base, held_out, material.name, chosen, on_step, background=written, unfinished=kept
+    )
     adapter.record["texts"] = material.hashes
+    if kept is not None and unfinished is None:
+        kept.remove()
     if not sample:
         return adapter
-    kept = hold_out(material.windows[0], chosen.held_out)
-    return replace(adapter, sample=sample_texts(kept, material.documents, reader(model, tokenizer)))
+    aside = hold_out(material.windows[0], chosen.held_out)
+    return replace(adapter, sample=sample_texts(aside, material.documents, reader(model, tokenizer)))

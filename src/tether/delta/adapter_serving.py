@@ -24,6 +24,7 @@ from tether.causal.leash import check_leash
 from tether.causal.loading import ALIASES, load
 from tether.causal.mixture import Mixture
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.quantising import check_described, recorded, told
 from tether.delta.adapter import Adapter, Attached
 from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
 from tether.delta.adapter_config import AdaptedConfig, describe, describe_evidence, serving_options
@@ -94,7 +95,8 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         check_description(described)
         found = find_base(folder, config.base)
         dtype = options.get("dtype")
-        base, _ = load(found, None if dtype == "auto" else dtype)
+        packing = check_described(config.quantised, folder)
+        base, _ = load(found, None if dtype == "auto" else dtype, quantization_config=packing)
         loaded = [Adapter.load(inside(folder, name)) for name in described["domains"]]
         if [each.name for each in loaded] != described["domains"]:
             raise CheckpointError(f"{folder}: adapters in folders of other names; take another copy")
@@ -245,6 +247,14 @@ def serve(
     for adapter in adapters:
         # The backbone alone counts: an adapter gives z', whatever the latent is.
         if adapter.base != backbone_print(model):
+            learnt, given = adapter.record.get("quantised"), recorded(model)
+            if learnt != given:
+                raise CheckpointError(
+                    f"adapter {adapter.name!r} was learnt on a base in {told(learnt)}, the model given is in "
+                    f"{told(given)}: its states are others, and so is what the adapter does. Load the base likewise "
+                    "(--quantise, quantization_config), or put the adapter on this base with 'tether leash', which "
+                    "measures it there"
+                )
             raise CheckpointError(
                 f"adapter {adapter.name!r} was learnt on base {adapter.base[:19]}..., the model given is "
                 f"{backbone_print(model)[:19]}...: learn it again on this base, or name the other base"
@@ -265,7 +275,7 @@ def serve(
         served = AdaptedForCausalLM(
             AdaptedConfig(**(model.config.to_dict() | {"model_type": AdaptedConfig.model_type}))
         )
-    served.config.fusion = described
+    served.config.fusion, served.config.quantised = described, recorded(model)
     for part in ("numeric", "abduction", "action"):
         setattr(served, part, getattr(model, part))
     attached = Attached.of(model, {adapter.name: adapter for adapter in adapters})

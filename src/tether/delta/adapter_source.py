@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tether.causal.quantising import recorded
 from tether.delta.adapter import Adapter, is_adapter
 from tether.delta.adapter_layers import Plain
 from tether.delta.cache import backbone_print
 from tether.delta.difference import check_checkpoint, difference, is_checkpoint
-from tether.delta.foreign import amounts_to, is_foreign, open_foreign
+from tether.delta.foreign import Foreign, amounts_to, is_foreign, open_foreign
+from tether.delta.foreign_config import read_fields
 from tether.errors import CheckpointError
 
 __all__ = ["Source", "Taken", "open_source", "take"]
@@ -89,6 +91,12 @@ def take(source: Source, model: Any, rank: int) -> Taken:
     """
     if source.what == "adapter":
         held: Adapter = source.held
+        learnt, given = held.record.get("quantised"), recorded(model)
+        if learnt is not None and given is None:
+            # Its drift is measured on this base, as that of an adapter which was made elsewhere.
+            fields = read_fields(held.config.to_dict(), source.path)
+            plain = amounts_to(Foreign(fields, held.tensors, str(source.path)), model)
+            return Taken(plain, {"learnt_on": {"base": held.base, "quantised": learnt}})
         if held.base != backbone_print(model):
             raise CheckpointError(
                 f"{source.path}: it was made on base {held.base[:19]}..., the model given is "

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tether.causal.fingerprint import fingerprint
+from tether.causal.quantising import recorded
 from tether.delta.claims import CLAIMS, SCHEMA_VERSION
 from tether.delta.figures import budgeted, prepare, text_figures
 from tether.delta.record import Certificate, Settings, model_files, read
 from tether.delta.same_base import unlike
 from tether.delta.windows import reader
 from tether.errors import CertificateError
+from tether.processes import joined
 from tether.store.documents import documents_of, text_hash
 from tether.store.hashing import sha256_file
 from tether.store.manifest import versions
@@ -33,7 +35,8 @@ def certify(
     Both models' weights are hashed first (`tether.causal.fingerprint.fingerprint`), whatever their files say of them.
 
     Cost: that, one backbone pass over the texts and one or two products with the output head; on a text that a budget
-    was met on, a further pass (`tether.delta.declared`).
+    was met on, a further pass (`tether.delta.declared`). Processes that `torchrun` or `accelerate launch` started
+    together all call this: each measures a share of every text, and all get the same certificate.
 
     Args:
         model: the base.
@@ -49,7 +52,8 @@ def certify(
     Raises:
         CertificateError: `fused` has no fusion, or stands on another base, or the base is a fusion itself.
         CheckpointError: the weights of one of them are not those that its config names.
-    """  # noqa: DOC502 - raised by fingerprint
+        ConfigError: a text that is empty or too short, or processes that differ in what they were given.
+    """  # noqa: DOC502 - raised by what it calls
     chosen = Settings(**settings)
     if fused.fusion is None:
         raise CertificateError("the second model has no fused deltas: expected a model made by 'tether fuse'")
@@ -73,12 +77,15 @@ def certify(
     # Every text is read before the first one is measured, so that bad input is found at once.
     documents = {name: documents_of(text) for name, text in named.items()}
     tokenizer = reader(fused, tokenizer)
+    hashes = {name: text_hash(documents[name]) for name in named}
     ready = {name: prepare(documents[name], tokenizer, chosen, name) for name in named}
-    figures = {
-        name: text_figures(fused, *ready[name], chosen, documents=text_hash(documents[name]), on_step=on_step)
-        for name in named
-    }
-    return compose(fused, documents, figures, chosen)
+    with joined() as group:
+        group.agree(work="certifying", base=own, fusion=fused.config.fusion, texts=hashes, settings=chosen)
+        figures = {
+            name: text_figures(fused, *ready[name], chosen, documents=hashes[name], on_step=on_step)
+            for name in named
+        }
+        return group.once(lambda: compose(fused, documents, figures, chosen))
 
 
 def compose(
@@ -136,5 +143,6 @@ def _describe_model(fused: Any) -> dict[str, Any]:
         "path": str(folder.absolute()) if files and folder else None,
         "base_fingerprint": fingerprint(fused),
         "dtype": str(fused.action.weight.dtype).removeprefix("torch."),
+        **({} if (packing := recorded(fused)) is None else {"quantised": packing}),
         "files": files,
     }

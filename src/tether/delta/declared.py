@@ -11,6 +11,7 @@ from tether.causal.walk import Reading
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_mixture import AdapterMixture
 from tether.delta.cache import hidden_states
+from tether.delta.dealt import dealt
 from tether.delta.fusion import fuse, unfuse
 from tether.delta.measure import Variant, measure
 from tether.delta.summary import mean_figures, quantile_figures
@@ -85,7 +86,10 @@ def _can_stand_alone(described: Mapping[str, Any]) -> bool:
 def _drifts_alone(fused: Any, windows: Windows, rows: Sequence[int]) -> dict[str, Tensor]:
     fusion = fused.fusion
     if isinstance(fusion, AdapterMixture):
-        return _adapters_alone(fused, windows, rows)
+        softmax, latent = dealt(
+            windows, lambda part: list(_adapters_alone(fused, part, rows).values()), dim=-1
+        )
+        return {"softmax": softmax, "latent": latent}
     if isinstance(fusion, Mixture):
         base, deltas = unfuse(fused)
         fusion = fuse(base, dict.fromkeys(deltas, 1.0), by="sum", gated=False).fusion

@@ -15,6 +15,7 @@ from tether.delta.gate import Gate, gate_faults
 from tether.delta.low_rank import Factors
 from tether.errors import CheckpointError, ConfigError
 from tether.names import check_name
+from tether.processes import writes
 from tether.reading import Name, Strict, checked, finite, parse_json
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
@@ -98,7 +99,7 @@ class Delta:
         return tuple(self.record.get("strengths", STRENGTHS))
 
     def save(self, path: str | Path) -> "Delta":
-        """Write the delta as one safetensors file, whole or not at all.
+        """Write the delta as one safetensors file, whole or not at all; of several processes the main one does.
 
         Args:
             path: the file, customarily `NAME.delta`.
@@ -127,9 +128,10 @@ class Delta:
             "record": finite(self.record),
             "sample": list(self.sample),
         }
-        write_safetensors(
-            path, {k: v.contiguous() for k, v in tensors.items()}, {"tether.delta": json.dumps(described)}
-        )
+        if writes():
+            write_safetensors(
+                path, {k: v.contiguous() for k, v in tensors.items()}, {"tether.delta": json.dumps(described)}
+            )
         return Delta(**{**self.__dict__, "path": path})
 
     @staticmethod

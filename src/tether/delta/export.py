@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from tether.causal.fused import Fusion
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.numbers import without_numbers
+from tether.causal.offloading import refuse_offloaded
+from tether.causal.quantising import refuse_packed
 from tether.errors import ConfigError
 from tether.store.manifest import Input, Manifest, write_manifest
 from tether.store.publish import publish_folder
@@ -69,6 +71,8 @@ def export_plain(
         ConfigError: what softmax mode serves is no static linear map of z, or the architecture has no place
             for its bias; every reason is named. Or the comparison failed.
     """
+    refuse_packed(model, "an export")
+    refuse_offloaded(model, "an export")
     matrix, offset = static_map(model)
     norm = final_norm(model) if bool(offset.any()) else None
     if bool(offset.any()) and norm is None:

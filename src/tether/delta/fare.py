@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from tether.causal.mixture import Mixture
 from tether.delta.account import account
+from tether.delta.adapter_probe import thinned
 from tether.delta.delta import Delta
 from tether.delta.figures import served_variant
 from tether.delta.fusion import fuse, unfuse
@@ -17,6 +18,9 @@ __all__ = ["HARM", "Fare", "fare"]
 
 HARM = 0.02
 """Nats a token by which a domain may be worse than the base, or than its delta alone, before `fuse` warns."""
+
+CHECKED = 8_192
+"""Tokens of a domain that are measured, spread over its documents."""
 
 
 class Fare(NamedTuple):
@@ -53,7 +57,7 @@ def fare(
 ) -> dict[str, Fare]:
     """Measure each domain of a fusion on documents of its own.
 
-    Cost: one backbone pass over the documents and a few products with the output head.
+    Cost: one backbone pass over at most `CHECKED` tokens of a domain, and a few products with the output head.
 
     Args:
         fused: a fusion of deltas.
@@ -79,6 +83,7 @@ def fare(
         windows = window_text(
             documents, reader(fused, tokenizer), length=window, name=f"documents of {delta.name}", short=True
         )
+        windows = thinned(windows, CHECKED)
         single = fuse(base, {delta: 1.0}, by="sum", gated=False)
         alone = measure(base, single.fusion, windows, [Variant((1.0,), "symmetric", False)], on_step=on_step)
         share = None

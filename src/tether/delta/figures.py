@@ -22,6 +22,7 @@ from tether.delta.regret import account_figures
 from tether.delta.summary import summarise
 from tether.delta.values import served_values
 from tether.delta.windows import Windows, window_text
+from tether.processes import current
 
 __all__ = ["budgeted", "prepare", "served_variant", "text_figures"]
 
@@ -116,10 +117,15 @@ def _figures(
     if begun is None:
         return figures
     if written is None:
-        written = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
+        written = _continued(fused, begun, chosen)
     result = measure(fused, fused.fusion, text_windows(written), [served_variant(fused)], on_step=on_step)
     own = summarise(generated_part(result, chosen.continuation_tokens), 0, **shares)
     return figures | {"continuations": own | _texts(written)}
+
+
+# One process writes: a token follows from those before it.
+def _continued(fused: Any, begun: Written, chosen: Settings) -> Written:
+    return current().once(lambda: continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed))
 
 
 def _texts(written: Written) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def _by_evidence(
     if begun is None:
         return figures
     if written is None:
-        written = continue_texts(fused, begun, chosen.continuation_tokens, chosen.seed)
+        written = _continued(fused, begun, chosen)
     (found,) = account([fused], text_windows(written), written=PROMPT, on_step=on_step)
     own = account_figures(mixture, generated_account(found, chosen.continuation_tokens), **shares)
     # What is promised of regret is promised of text that is given.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tether.causal.quantising import packed
 from tether.delta.adapter_layers import PREFIX, Plain, Update, as_lora, linear_layers, linear_sizes
 from tether.delta.foreign_config import REDONE, Fields, read_fields
 from tether.errors import CheckpointError, ConfigError
@@ -153,7 +154,8 @@ def refuse_quantised(model: Any) -> None:
     Raises:
         ConfigError: it is.
     """
-    if any(getattr(part, "is_quantized", False) for part in (model, getattr(model, "backbone", None))):
+    backbone = getattr(model, "backbone", None)
+    if getattr(model, "is_quantized", False) or (backbone is not None and packed(backbone) is not None):
         raise ConfigError(
             "the base's weights are quantised: expected them in float32, bfloat16 or float16, as the adapter's "
             "strength is measured on; name the checkpoint that it was quantised from"

@@ -12,6 +12,7 @@ from tether.causal.fingerprint import fingerprint
 from tether.causal.fused import Fusion
 from tether.causal.leash import check_leash
 from tether.causal.modeling import CausalQwenForCausalLM
+from tether.causal.quantising import refuse_packed
 from tether.causal.routed import make_fusion
 from tether.delta.cache import latent_print
 from tether.delta.carried import declared_drift
@@ -75,6 +76,7 @@ def fuse(
         IdentityError: the model's weights are not those that its config names: they are hashed
             (`tether.causal.fingerprint.fingerprint`), and deltas are held against what is found.
     """  # noqa: DOC502 - raised by fingerprint
+    refuse_packed(model, "fusing deltas")
     by = manner(by, rule, {"chart": chart, "gate": gate, "leash": leash})
     chart, gate = _sum_chart(chart, deltas), gate or "one-class"
     if leash is not None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tether.causal.fingerprint import fingerprint
+from tether.causal.quantising import refuse_packed
 from tether.delta.anchor import Anchor, anchor_text, check_base, feature_layers
 from tether.delta.basis import middle_basis
 from tether.delta.budget import Budget
-from tether.delta.cache import StateCache, latent_print
+from tether.delta.cache import StateCache, backbone_print, latent_print
 from tether.delta.carried import STRENGTHS
 from tether.delta.delta import Delta
 from tether.delta.gate import check_windows, fit_gate
@@ -30,6 +31,7 @@ from tether.delta.training import Aside, Fit, Step, Training
 from tether.delta.values import ValueHead, value_figures, value_head
 from tether.delta.windows import reader
 from tether.errors import ConfigError
+from tether.processes import joined
 from tether.store.documents import read_documents
 from tether.store.manifest import versions
 
@@ -264,6 +266,9 @@ def learn_delta(
 ) -> Delta:
     """Learn a domain from text.
 
+    Processes that `torchrun` or `accelerate launch` started together all call this: they share the reading of the
+    texts, one of them fits, and each gets the same delta.
+
     Args:
         model: the base, from `tether.load`.
         tokenizer: its tokenizer.
@@ -287,18 +292,29 @@ def learn_delta(
         The delta; `save` writes it.
 
     Raises:
-        ConfigError: bad options, or a text missing, empty or shorter than one context.
+        ConfigError: bad options, or a text missing, empty or shorter than one context; or processes that differ in
+            them, or do not see one folder for states.
         CheckpointError: cached states of another backbone.
     """  # noqa: DOC502 - raised by what it calls
+    refuse_packed(model, "learning a delta")
     fit = check_options(budget=budget, metric=metric, penalty=penalty, **options)
     layers = feature_layers(model, fit.features)
-    material = gather(
-        model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate, layers=layers,
-        disk=disk,
-    )  # fmt: skip
-    domain, base, held_out = states_of(model, material.windows, cache_folder, layers=layers, on_step=on_step)
-    anchor = anchor_text(model, base, held_out)
-    delta = fit_delta(model, domain, anchor, material.name, fit, on_step)
+    with joined() as group:
+        material = gather(
+            model, tokenizer, texts, base_texts, name=name, window=window, tokens=tokens, gate=fit.gate, layers=layers,
+            disk=disk,
+        )  # fmt: skip
+        group.agree(
+            work="learning a delta", base=backbone_print(model), texts=material.hashes, options=fit, window=window,
+            tokens=tokens, name=material.name, sample=sample,
+        )  # fmt: skip
+        domain, base, held_out = states_of(
+            model, material.windows, cache_folder, layers=layers, on_step=on_step
+        )
+        # Reading is what takes long; a fit's steps are too small to be shared (docs/decisions.md).
+        delta = group.once(
+            lambda: fit_delta(model, domain, anchor_text(model, base, held_out), material.name, fit, on_step)
+        )
     delta.record["texts"] = material.hashes
     delta.record["window"] = window
     if not sample:

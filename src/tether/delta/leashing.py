@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tether.causal.quantising import recorded
 from tether.delta.adapter import Adapter, Attached
 from tether.delta.adapter_domain import domain_figures
 from tether.delta.adapter_layers import Plain
-from tether.delta.adapter_probe import BaseText, adapter_change
+from tether.delta.adapter_probe import BaseText, adapter_change, thinned
 from tether.delta.adapter_source import Source, open_source, take
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
@@ -28,6 +29,7 @@ from tether.delta.training import Step
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import ConfigError
 from tether.names import check_name
+from tether.processes import current, joined
 from tether.scale import Met, meet_budget
 from tether.store.documents import documents_of, text_hash
 from tether.store.manifest import versions
@@ -38,10 +40,13 @@ PROBE = 4096
 """Tokens of base text that are measured on, unless told otherwise."""
 LEAST = 0.5
 """Share of the budget that an adapter must use at least that had to be shrunk."""
+OWN = 32_768
+"""Tokens of the domain's text, spread over it, that gate, sample and loss are taken from: what a gate looks at."""
 RANK = 32
 """Of the LoRA that is taken from a model that was fine-tuned whole, unless told otherwise."""
 
 
+@joined()
 def leash_adapter(
     model: Any,
     tokenizer: Any,
@@ -64,10 +69,11 @@ def leash_adapter(
     It is made the LoRA that it amounts to (`tether.delta.foreign`), or of a model that was fine-tuned whole one is
     taken (`tether.delta.difference`). Its drift is measured on base text, and it is shrunk by the largest factor of at
     most 1 at which it is within the budget. With text of its domain it gets a gate and a sample, and the loss on it is
-    measured.
+    measured. Processes that `torchrun` or `accelerate launch` started together all call this, and measure a share of
+    the text each.
 
     Cost: a pass over the base text with the base, and one for each of about four factors; with text of the domain a
-    pass over it, and about 15 CPU seconds for what the base writes of itself.
+    pass over at most `OWN` tokens of it, and about 15 CPU seconds for what the base writes of itself.
 
     Args:
         model: the base that it was made on, from `tether.load`; it is not touched.
@@ -91,7 +97,8 @@ def leash_adapter(
     Raises:
         CheckpointError: an adapter of another base, of a kind that no LoRA stands for, or damaged.
         ConfigError: a text that is missing, empty or too short, a budget that is not positive or that no factor is
-            found for, a model that is fused or quantised, or PEFT is not installed.
+            found for, a model that is fused or quantised, or PEFT is not installed; or processes that differ in what
+            they were given.
     """  # noqa: DOC502 - raised by what it calls
     source = adapter if isinstance(adapter, Source) else open_source(adapter)
     called = check_name(name or source.path.stem)
@@ -104,9 +111,14 @@ def leash_adapter(
     own_windows = None
     if own is not None:
         own_windows = window_text(own, text_reader, length=window, name="the domain text")
+        own_windows = thinned(own_windows, OWN)
         if gate:
             check_windows(len(own_windows.starts) - 1)
     hashes = {"base": text_hash(general)} | ({} if own is None else {"domain": text_hash(own)})
+    current().agree(
+        work="leashing", base=backbone_print(model), texts=hashes, budget=limit, window=window, tokens=tokens,
+        name=called, rank=rank, gate=gate, sample=sample,
+    )  # fmt: skip
     taken = take(source, model, rank)
     made = leash_plain(
         model, taken.plain, called, base_windows, limit, tokens=tokens, on_step=on_step, about=taken.about,
@@ -155,10 +167,12 @@ def carrying(
     """
     aside = hold_out(windows, HELD_OUT)
     adapter.record.update(domain_figures(model, adapter, aside, tuned))
-    fitted: Gate | None = None
-    if gate:
+
+    def to_text() -> Gate:
         (states,) = states_of(model, [windows], cache_folder, on_step=on_step)
-        fitted = fit_gate(leave_out(states, aside), background=write_background(model))
+        return fit_gate(leave_out(states, aside), background=write_background(model))
+
+    fitted = current().once(to_text) if gate else None
     return replace(adapter, gate=fitted, sample=sample_texts(aside, documents, tokenizer) if sample else ())
 
 
@@ -245,7 +259,9 @@ def leash_plain(
         "versions": versions() | {"peft": version("peft")},
         **(about or {}),
     }
-    record["cpu_seconds"] = time.process_time() - started
+    if (packing := recorded(model)) is not None:
+        record["quantised"] = packing
+    record["cpu_seconds"] = sum(current().gather(time.process_time() - started))
     tensors = {key: values.detach().clone() for key, values in attached.weights(name).items()}
     return Adapter(name=name, config=plain.config, tensors=tensors, gate=None, base=base, record=record)
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from tether.delta.cache import StateCache
 from tether.delta.gate import check_windows
-from tether.delta.shards import cached, read_states, together
+from tether.delta.shards import cached, read_states
 from tether.delta.source import spread
 from tether.delta.windows import Windows, reader, window_text
 from tether.errors import ConfigError
 from tether.names import check_name
+from tether.processes import current
 from tether.store.documents import cut_documents, documents_of, text_hash
 from tether.store.nameless import Nameless
 from tether.store.place import check_place
@@ -162,13 +163,14 @@ def states_of(
     Raises:
         ConfigError: several processes without a folder that all of them see, or no room on the disk.
     """
-    if together() > 1 and not cache_folder:
+    if current().count > 1 and not cache_folder:
         raise ConfigError(
             "several processes share the states they compute: name a folder for them (--cache, cache_folder)"
         )
     if cache_folder:
         folder = Path(cache_folder)
         check_place(folder / "states")
+        current().see(folder)
         # What is there already takes no more room, and how much that is, is not known yet.
         return [cached(model, text, folder, layers=layers, on_step=on_step) for text in windows]
     width = 2 * int(model.abduction.loc.in_features) * (1 + len(layers))

@@ -11,6 +11,7 @@ from tether.causal.fused import Fusion
 from tether.causal.softmax import softmax_kl
 from tether.causal.summed import Sum
 from tether.delta.cache import hidden_states
+from tether.delta.dealt import dealt
 from tether.delta.output_head import chunk_rows
 from tether.delta.windows import Windows
 
@@ -68,7 +69,6 @@ class Measurement(NamedTuple):
     leash: Tensor
 
 
-@torch.no_grad()
 def measure(
     model: Any,
     fusion: Fusion,
@@ -80,7 +80,8 @@ def measure(
 ) -> Measurement:
     """Compare the base with several ways to add its deltas.
 
-    What is measured is what the model serves: both read `tether.causal.summed.Sum.law`.
+    What is measured is what the model serves: both read `tether.causal.summed.Sum.law`. Processes that work together
+    (`tether.processes.joined`) measure a share of the windows each.
 
     Cost per token: one backbone pass, one product with the (V, C) head for the base and one for every
     variant that moves the token (closed gates cost nothing).
@@ -96,6 +97,22 @@ def measure(
     Returns:
         Per-token results in the text's own order.
     """
+
+    def work(part: Windows) -> Measurement:
+        return _measure(model, fusion, part, variants, batch_size, on_step)
+
+    return Measurement(*dealt(windows, work, dim=-1))
+
+
+@torch.no_grad()
+def _measure(
+    model: Any,
+    fusion: Fusion,
+    windows: Windows,
+    variants: Sequence[Variant],
+    batch_size: int,
+    on_step: Callable[[dict[str, float]], None] | None,
+) -> Measurement:
     count, domains, kinds = len(windows.input_ids), len(fusion.domains), len(variants)
     scored = windows.targets >= 0
     base_nll = torch.zeros(count)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from tether.causal.card import CARD
 from tether.causal.description import check_description
 from tether.delta.claims import SCHEMA_VERSION
 from tether.errors import CertificateError, CheckpointError, ConfigError, TetherError
 from tether.files import read_bytes
 from tether.names import inside
+from tether.processes import writes
 from tether.reading import JSON_BYTES, Strict, checked, parse_json, read_json
 from tether.store.opened import Text
 from tether.store.publish import write_json
@@ -104,7 +106,7 @@ class Certificate(BaseModel):
         return b"tether certificate\n" + self.content()
 
     def save(self, path: str | Path, *, key: "Ed25519PrivateKey | None" = None) -> Path:
-        """Write the certificate; paths inside it become relative to its folder.
+        """Write the certificate; paths in it become relative to its folder. Of several processes the main one writes.
 
         Args:
             path: the JSON file.
@@ -129,7 +131,8 @@ class Certificate(BaseModel):
         made = Certificate(**content)
         if key is not None:
             made = made.model_copy(update={"signature": sign(key, made.signed_content())})
-        write_json(path, made.sealed().model_dump(mode="json"))
+        if writes():
+            write_json(path, made.sealed().model_dump(mode="json"))
         return path
 
 
@@ -224,6 +227,8 @@ def check_fields(certificate: Certificate) -> None:
     model: dict[str, type] = {"path": str, "base_fingerprint": str, "files": dict}
     if certificate.schema_version >= 5:
         model["dtype"] = str
+    if "quantised" in certificate.model:
+        model["quantised"] = dict
     parts = [("model", certificate.model, model)]
     of_text: dict[str, type] = {"path": str, "sha256": str, "documents": str}
     asked: dict[str, type] = {"field": str, "split": str, "control_tokens": bool}
@@ -301,7 +306,12 @@ def model_files(folder: Path) -> list[str]:
         folder: of the model.
 
     Returns:
-        Paths relative to it, with slashes, without certificates.
+        Paths relative to it, with slashes, without certificates, and without what a hub puts beside a model: a card,
+        which tells of the certificate, `.gitattributes`, and its own notes in `.cache`.
     """
-    found = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return [p.relative_to(folder).as_posix() for p in found if not is_certificate(p)]
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not is_certificate(p)]
+    return [name for name in (p.relative_to(folder).as_posix() for p in found) if not _of_hub(name)]
+
+
+def _of_hub(name: str) -> bool:
+    return name in (CARD, ".gitattributes") or name.startswith(".cache/")

@@ -13,7 +13,7 @@ from tether.causal.mixture import Mixture
 from tether.delta.account import Account
 from tether.delta.summary import mean_figures, spread_figures
 
-__all__ = ["account_figures", "shares", "window_sums"]
+__all__ = ["account_figures", "regrets", "shares", "window_sums"]
 
 ROUNDING = 1e-5
 """Relative; log likelihoods are computed in single precision and added up in double. A KL divergence, a sum over the
@@ -90,7 +90,7 @@ def account_figures(
             "mean_allowed": float(parts.double().mean()),
             "largest_ratio": float((kl[positive] / parts[positive]).max()) if bool(positive.any()) else 0.0,
         },
-        "regret": _regrets(mixture, account, numbers),
+        "regret": regrets(mixture, account, numbers),
         "worst_token": _worst_token(account),
         "shares": shares(mixture, account),
     }
@@ -104,7 +104,18 @@ def _worst_token(account: Account) -> dict[str, float | int]:
     return {"lost": float(lost[at]), "allowed": float(allowed[at]), "violations": int(over.sum())}
 
 
-def _regrets(mixture: Mixture, account: Account, numbers: Tensor | None) -> dict[str, Any]:
+def regrets(mixture: Mixture, account: Account, numbers: Tensor | None = None) -> dict[str, Any]:
+    """Say by how much a text cost more than under the base, and than under each domain, with what is allowed.
+
+    Args:
+        mixture: whose account it is.
+        account: on one text, of which at least one token is scored.
+        numbers: which scored tokens are numbers that count as evidence, shape (m,); None for none.
+
+    Returns:
+        For `base` and each domain, in nats: the largest regret of a window with what was allowed there, how many
+        windows exceeded it, and regret and allowance of each document.
+    """
     windows = account.windows[account.scored]
     count = int(account.windows.max()) + 1
     served = (account.base_nll - account.nll).double()

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.causal.offloading import fetched, weights_of
+
 __all__ = ["unlike"]
 
 WITHOUT_EFFECT = frozenset(
@@ -54,14 +56,19 @@ def _settings(left: Mapping[str, Any], right: Mapping[str, Any], at: str = "") -
 
 def _equal(model: Any, fused: Any, part: str) -> bool:
     own, other = (_held(getattr(each, part)) for each in (model, fused))
-    return own.keys() == other.keys() and all(
-        values is other[name] or _same(name, values, other[name].to(values)) for name, values in own.items()
-    )
+    if own.keys() != other.keys():
+        return False
+    for name, values in own.items():
+        if values is not other[name]:
+            one, two = fetched(values), fetched(other[name])
+            if not _same(name, one, two.to(one)):
+                return False
+    return True
 
 
 # Parameters, and buffers that a checkpoint holds.
-def _held(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {**module.state_dict(), **dict(module.named_parameters())}
+def _held(module: torch.nn.Module) -> dict[str, Any]:
+    return {**module.state_dict(), **weights_of(module)}
 
 
 def _same(name: str, values: Tensor, other: Tensor) -> bool:

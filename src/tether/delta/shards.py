@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from tether.delta.cache import StateCache, backbone_print, cache_states, compute_states, load_states
 from tether.delta.sharded import FileRows, ShardedStates
 from tether.delta.windows import Windows
-from tether.errors import CheckpointError, ConfigError
+from tether.errors import CheckpointError
+from tether.processes import Group, joined
 from tether.store.nameless import Nameless
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "cached",
     "load_shards",
     "read_states",
-    "together",
 ]
 
 logger = logging.getLogger(__name__)
@@ -32,15 +31,6 @@ PARTS = 32
 """Parts of a text at least, as far as its windows allow: whoever is stopped loses one of them."""
 PART_TOKENS, PART_BYTES = 16_384, 64 * 2**20
 """Tokens, and bytes of states, of a part at most, give or take a window."""
-
-
-def together() -> int:
-    """Tell how many processes work together.
-
-    Returns:
-        What `torchrun` or `accelerate launch` set up, else 1.
-    """
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def cut(windows: Windows, tokens: int) -> list[Windows]:
@@ -200,19 +190,31 @@ def cache_shards(
     Raises:
         ConfigError: several processes without accelerate.
         CheckpointError: a state does not fit float16, or the disk is full.
-    """  # noqa: DOC502 - CheckpointError is raised by cache_states
-    world, rank, wait = _processes()
+    """  # noqa: DOC502 - raised by what it calls
+    with joined() as group:
+        return _share(group, model, windows, folder, tuple(layers), tokens, on_step)
+
+
+def _share(
+    group: Group,
+    model: Any,
+    windows: Windows,
+    folder: Path,
+    layers: tuple[int, ...],
+    tokens: int | None,
+    on_step: Callable[[dict[str, float]], None] | None,
+) -> Path:
     parts = cut(windows, tokens or part_tokens(model, windows, layers))
     names = [folder / f"part-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
     expected, base = dict(zip(names, parts, strict=True)), backbone_print(model)
-    for name in sorted(folder.glob("part-*.safetensors"))[rank::world]:
-        if fault := _fault(name, expected.get(name), base, tuple(layers)):
+    for name in sorted(folder.glob("part-*.safetensors"))[group.rank :: group.count]:
+        if fault := _fault(name, expected.get(name), base, layers):
             logger.warning("%s; it is computed again", fault)
             name.unlink(missing_ok=True)
-    wait()
+    group.wait()
     missing = [name for name in names if not name.is_file()]
-    wait()  # all have looked before anyone writes, so that all agree on what is missing
-    own = missing[rank::world]
+    group.wait()  # all have looked before anyone writes, so that all agree on what is missing
+    own = missing[group.rank :: group.count]
     done, total = 0, sum(len(expected[name].input_ids) for name in own)
     for name in own:
         report = _after(done, total, on_step)
@@ -220,7 +222,7 @@ def cache_shards(
         cache_states(model, expected[name], name, layers=layers, on_step=_but_last(size, report))
         report({"done": size})
         done += size
-    wait()
+    group.wait()
     return folder
 
 
@@ -290,16 +292,3 @@ def _rows(name: Path) -> FileRows:
     file, begin, _ = reader.span("states")
     rows, width = reader.shape("states")
     return FileRows(file, begin, (rows, width))
-
-
-def _processes() -> tuple[int, int, Callable[[], None]]:
-    if together() == 1:
-        return 1, 0, lambda: None
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise ConfigError(
-            "several processes need accelerate: install 'tether[train]', or start one process"
-        ) from error
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return state.num_processes, state.process_index, state.wait_for_everyone

@@ -32,10 +32,12 @@ from tether.delta.foreign_config import REDONE, read_fields
 from tether.delta.gate import check_windows
 from tether.delta.leashing import PROBE, carrying, leash_plain
 from tether.delta.material import HELD_OUT
+from tether.delta.recomputing import as_served
 from tether.delta.unadapted import without_adapters
 from tether.delta.windows import Windows, window_text
 from tether.errors import CheckpointError, ConfigError, TetherError
 from tether.names import check_name
+from tether.processes import alone
 from tether.store.documents import cut_documents, documents_of, text_hash, write_documents
 from tether.store.opened import Text
 from tether.store.place import check_free
@@ -162,16 +164,13 @@ class TrainerLeash(TrainerCallback):  # type: ignore[misc]
         """
         rows = torch.randint(len(self._fitted.starts) - 1, (self.base_batch,), generator=self.generator)
         batch = self._fitted.batch(rows)
-        # The drift that is served is without dropout.
-        training = model.training
-        model.eval()
         with torch.no_grad():
             before = logits(self._base, hidden_states(self._base, batch)[batch.mask]).log_softmax(-1)
         ids = batch.input_ids.to(before.device)
-        after = (
-            model(input_ids=ids, use_cache=False).logits[batch.mask.to(before.device)].float().log_softmax(-1)
-        )
-        model.train(training)
+        # The drift that is served is without dropout.
+        with as_served(model):
+            scores = model(input_ids=ids, use_cache=False).logits[batch.mask.to(before.device)]
+        after = scores.float().log_softmax(-1)
         drifts = softmax_kl(before, after)
         seen = self._trainer.accelerator.reduce(self.budget.statistic(drifts.detach()), reduction="mean")
         self.ascent.see(float(seen))
@@ -221,7 +220,8 @@ class TrainerLeash(TrainerCallback):  # type: ignore[misc]
         factor: list[Any] = [None]
         if accelerator.is_main_process:
             try:
-                self.adapter = self._leashed()
+                with alone():
+                    self.adapter = self._leashed()
             except TetherError as error:
                 # What was trained for hours is not lost with the script that ends here.
                 kept = Path(args.output_dir) / "unleashed"
@@ -231,7 +231,8 @@ class TrainerLeash(TrainerCallback):  # type: ignore[misc]
         broadcast_object_list(factor)
         fold(peft, peft.active_adapter, factor[0])
         if accelerator.is_main_process and self.out is not None:
-            self._write(self.out)
+            with alone():
+                self._write(self.out)
         accelerator.wait_for_everyone()
 
     def _peft(self) -> Any:

@@ -1,7 +1,7 @@
 """Verify a certificate: signature, seal, files, the base that is served, every figure, and what is declared."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from tether.causal.fingerprint import fingerprint
 from tether.causal.loading import load
 from tether.causal.numbers import without_numbers
+from tether.causal.quantising import packed, recorded, told
 from tether.delta import claims
 from tether.delta.continuations import PROMPT, Written, not_drawn
 from tether.delta.declared import broken, unmeasured
@@ -50,6 +51,8 @@ def verify(
     base: str | None = None,
     key: "Ed25519PublicKey | None" = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> list[str]:
     """Check a certificate: its seal, the hash of every file it names, its base, and every figure by recomputing it.
@@ -64,6 +67,8 @@ def verify(
         key: whose signature the certificate should have, from `tether.store.signing.public_key`. None leaves open who
             made it.
         device: where to compute the figures again; None computes on the CPU.
+        device_map: where layers lie that have no room there, as of `tether.load`.
+        offload_folder: as of `tether.load`.
         on_step: called with `done` and `total` tokens of the current text.
 
     Returns:
@@ -100,7 +105,8 @@ def verify(
             wrong.append(f"{file} has changed since the certificate was made")
     if wrong:
         return wrong
-    return _recompute(certificate, folder, base, device, on_step)
+    where = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
+    return _recompute(certificate, folder, base, where, on_step)
 
 
 def not_checked(path: str | Path, *, base: bool, key: bool) -> list[str]:
@@ -140,14 +146,14 @@ def _unsigned(certificate: Certificate, key: "Ed25519PublicKey | None") -> list[
 
 
 def _recompute(
-    certificate: Certificate, folder: Path, base: str | None, device: str | torch.device | None, on_step: Any
+    certificate: Certificate, folder: Path, base: str | None, where: dict[str, Any], on_step: Any
 ) -> list[str]:
     # Figures of the same checkpoint in another dtype are others.
     stated_dtype = certificate.model.get("dtype")
     dtype = getattr(torch, stated_dtype) if stated_dtype else None
     place = str(folder / certificate.model["path"])
     try:
-        fused, tokenizer = load(place, dtype=dtype, device=device)
+        fused, tokenizer = load(place, dtype=dtype, **where)
         own = fingerprint(fused)
     except IdentityError as error:
         return [str(error)]
@@ -161,16 +167,23 @@ def _recompute(
         )
     if fused.config.fusion != certificate.fusion:
         wrong.append("the checkpoint's fusion is not the one described")
+    if certificate.model.get("quantised") != recorded(fused):
+        wrong.append(
+            f"the base of the fused model is in {told(recorded(fused))}, the certificate says "
+            f"{told(certificate.model.get('quantised'))}"
+        )
     if base is not None and not wrong:
-        wrong += _not_the_base(base, fused, dtype)
+        wrong += _not_the_base(base, fused, dtype, where)
     if wrong:
         return wrong
     wrong += _figures_again(certificate, folder, fused, tokenizer, on_step)
     return wrong or broken(certificate.fusion, certificate.texts, certificate.figures)
 
 
-def _not_the_base(base: str, fused: Any, dtype: torch.dtype | None) -> list[str]:
-    real, _ = load(base, dtype=dtype)
+def _not_the_base(base: str, fused: Any, dtype: torch.dtype | None, where: dict[str, Any]) -> list[str]:
+    # On the CPU unless it has no room there.
+    at = {} if where["device_map"] is None else where
+    real, _ = load(base, dtype=dtype, quantization_config=packed(fused), **at)
     if real.fusion is not None:
         raise CertificateError(f"{base}: a fusion itself; expected the base that it should stand on")
     if (own := fingerprint(real)) != fused.config.base_fingerprint:

@@ -20,6 +20,7 @@ from tether.merge.recorder import Recorder
 from tether.merge.signatures import DESCRIPTION, Description, Signatures
 from tether.merge.towers import FAMILIES, find_linears
 from tether.merge.weighting import GAMMA, PathWeights, path_weights
+from tether.processes import current
 from tether.store.publish import write_json
 from tether.store.writer import write_safetensors
 
@@ -43,7 +44,8 @@ def encode(
 
     Each sample is one forward and, with `gradients`, one backward pass without gradients of the weights;
     what is kept of it is 4 numbers a neuron. Every `chunk` samples are published as a file, and chunks that
-    are there already are not computed again.
+    are there already are not computed again. Processes that work together (`tether.processes.joined`) take some chunks
+    each.
 
     Args:
         model: whose neurons; in evaluation mode. Its parameters are frozen meanwhile and restored.
@@ -81,8 +83,9 @@ def encode(
         "modules": {name: module.out_features for name, module in modules.items()},
     }  # fmt: skip
     weights = path_weights(bank.log_prob, bank.lengths, weighting, gamma)
-    _claim(folder, description)
-    for start in range(0, samples, chunk):
+    group = current()
+    group.once(lambda: _claim(folder, description))
+    for start in range(group.rank * chunk, samples, group.count * chunk):
         file = folder / f"signatures-{start // chunk:05d}.safetensors"
         if not file.is_file():
             rows = range(start, min(start + chunk, samples))
@@ -91,6 +94,7 @@ def encode(
             write_safetensors(file, tensors)
         if on_step:
             on_step({"done": float(min(start + chunk, samples)), "total": float(samples)})
+    group.wait()
     return Signatures(folder)
 
 

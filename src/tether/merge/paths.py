@@ -10,6 +10,7 @@ from torch import Tensor
 from tether.errors import CheckpointError, ConfigError
 from tether.merge.probes import EncodedProbe
 from tether.merge.towers import refuse_image_positions
+from tether.processes import current
 from tether.store.reader import CheckpointReader
 from tether.store.writer import write_safetensors
 
@@ -89,7 +90,7 @@ def sample_paths(
     A path has ``len_k ~ U[shortest, longest]`` tokens, or fewer where the model ends its text first. The
     prompt is read once a sample and its keys and values are repeated for the paths; finished paths leave
     the batch. Noise and lengths of a path depend on its place and the seed only, not on the batch. Tokens that
-    stand for images are never drawn.
+    stand for images are never drawn. Processes that work together (`tether.processes.joined`) take some samples each.
 
     Args:
         model: a causal LM or a vision-language wrapper around one, in evaluation mode.
@@ -131,12 +132,19 @@ def sample_paths(
         torch.zeros((*shape, longest)),
         lengths,
     )
-    done = 0
-    for rows in _groups(probes, batch_size):
+    group = current()
+    own = _groups(probes, batch_size)[group.rank :: group.count]
+    done, total = 0, sum(map(len, own))
+    for rows in own:
         _continue(model, bank, torch.tensor(rows), noise, top_p)
         done += len(rows)
         if on_step:
-            on_step({"done": float(done), "total": float(len(probes))})
+            on_step({"done": float(done), "total": float(total)})
+    mine = torch.tensor([row for rows in own for row in rows], dtype=torch.int64)
+    kept = (bank.tokens, bank.log_prob, bank.lengths)
+    for theirs, *parts in group.gather((mine, *(values[mine] for values in kept))):
+        for values, part in zip(kept, parts, strict=True):
+            values[theirs] = part
     return bank
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tether.errors import CheckpointError
 
-__all__ = ["hub_copy", "unasked"]
+__all__ = ["answers", "hub_copy", "unasked"]
 
 WAIT = 3.0
 """Seconds that the hub has for its first answer."""
@@ -31,7 +31,7 @@ def hub_copy(name: str, *, revision: str | None = None, cache_dir: str | None = 
     from huggingface_hub import constants, snapshot_download
 
     offline = bool(constants.HF_HUB_OFFLINE)
-    if not offline and _answers(constants.ENDPOINT):
+    if not offline and answers(constants.ENDPOINT):
         return None
     try:
         return snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
@@ -73,9 +73,16 @@ def unasked(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return careful
 
 
-# In a thread of its own: nothing else bounds how long a name is looked up. Any answer is one but a proxy's or a
-# server's that it cannot be given.
-def _answers(endpoint: str) -> bool:
+def answers(endpoint: str) -> bool:
+    """Tell whether a hub answers within `WAIT` seconds.
+
+    Args:
+        endpoint: its address.
+
+    Returns:
+        Whether it does, with anything but a proxy's or a server's answer that it cannot be reached.
+    """
+    # In a thread of its own: nothing else bounds how long a name is looked up.
     from huggingface_hub import get_session
 
     heard = threading.Event()
