@@ -29,6 +29,7 @@ from tether.cli import (
 )
 from tether.cli.asked import listen
 from tether.cli.codes import run, stop
+from tether.cli.logged import logged
 from tether.cli.output import plain
 from tether.cli.placing import placed
 from tether.cli.several import by_one
@@ -92,9 +93,11 @@ _READING: tuple[Callable[..., Any], ...] = (
     causal.convert, learn.learn, domains.fuse, domains.certify, router.route, ledger.ledger, leash.leash,
     training.train, training.evaluate,
 )  # fmt: skip
+_FITTING: tuple[Callable[..., Any], ...] = (learn.learn, training.train)
 for number_formats, commands in ((True, _LOADING), (False, _OF_ONE_FORMAT)):
     for each in commands:
-        read = reads_texts(each) if each in _READING else each
+        fit = logged(each) if each in _FITTING else each
+        read = reads_texts(fit) if each in _READING else fit
         more = {"quantise": each in _QUANTISING, "spread": each in _SPREADING}
         app.command()(placed(read, dtype=number_formats, **more))
 app.command()(push.push)

@@ -23,6 +23,7 @@ OPTIONAL = {
     "matplotlib": ("matplotlib", "figures"),
     "sklearn": ("scikit-learn", "merges by ensembles of neurons"),
     "cryptography": ("cryptography", "signed certificates"),
+    "tensorboardX": ("tensorboardX", "--log-with tensorboard"),
     "fastapi": ("fastapi", "tether serve"),
     "uvicorn": ("uvicorn", "tether serve"),
     "openai": ("openai", "tether serve"),

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from tether.cli.asked import go_on
+from tether.cli.logged import log
 from tether.cli.output import plain
 from tether.cli.several import go_on as go_on_together
 
@@ -37,6 +38,7 @@ def reporter() -> Iterator[Reporter]:
         def start(name: str) -> Callable[[dict[str, float]], None]:
             def on_step(entry: dict[str, float]) -> None:
                 go_on()
+                log(entry)
                 go_on_together()
                 done, total = (
                     (entry.get("done"), entry.get("total"))
