@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from benchmarks import (
+    adapter_cost,
     budgets,
     causal,
     coverage,
@@ -44,6 +45,7 @@ from benchmarks import (
 from benchmarks.record import write_rows
 
 BENCHMARKS = {
+    "adapter-cost": adapter_cost.rows,
     "budgets": budgets.rows,
     "causal": causal.rows,
     "coverage": coverage.rows,
