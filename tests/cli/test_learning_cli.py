@@ -137,6 +137,8 @@ def test_learn_prints_a_warning_where_a_domain_was_not_learnt():
     assert "2.000 before and 2.100 after, a change of +0.100. Losses" in told
     assert "It carries no sample of the domain's text, as was asked for." in told
     assert told.endswith("tether fuse 'a base' some/law.delta --out some/law-fused")
+    packed = learnt_told(record | {"quantised": {"bits": 8}}, (), model="b", out=Path("a.lora"))
+    assert packed.endswith("tether fuse b a.lora --out a-fused --quantise 8bit")
     small = {"nll_before": 2.0, "nll_after": 1.99, "change": -0.01, "standard_error": 0.02}
     unsure = learnt_told(record | {"held_out": kept | small}, (), model="b", out=Path("a.delta"))
     assert "give or take 0.020 (standard error over 3 documents), which is too little to be sure of" in unsure

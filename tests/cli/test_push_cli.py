@@ -11,9 +11,13 @@ import yaml
 import said
 import tiny
 from hub import TOKEN, hub
-from tether.causal.card import CARD, CERTIFICATE, MARK
+from tether.causal.card import CARD, CERTIFICATE, MARK, learnt_card
 from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
+from tether.delta.adapter_learning import learn_adapter
+from tether.delta.adapter_serving import save_adapted, serve
+from tether.delta.adapter_training import AdapterFit
+from tether.delta.budget import Budget
 from tether.delta.certificate import certify
 from tether.delta.fusion import fuse
 from tether.delta.learning import learn_delta
@@ -97,6 +101,34 @@ def test_a_delta_arrives_with_its_record_and_says_that_it_carries_text(made):
     assert "0.05 nats a token in the mean (softmax)" in card
     assert "pieces of the domain's text" in card
     assert "tether fuse BASE digits.delta" in card
+
+
+def test_a_fusion_of_adapters_says_what_text_its_folders_carry(made, tmp_path):
+    model, tokenizer = load(str(made / "base"))
+    fit = AdapterFit(budget=Budget(value=0.05), probe=200)
+    adapter = learn_adapter(
+        model,
+        tokenizer,
+        made / "digits.jsonl",
+        base_texts=made / "general.jsonl",
+        name="digits",
+        window=48,
+        fit=fit,
+    )
+    assert adapter.sample
+    save_adapted(
+        serve(model, {adapter: 1.0}), {adapter: 1.0}, tokenizer, tmp_path / "F", base=str(made / "base")
+    )
+    parcel = pack(tmp_path / "F", name="me/law")
+    assert parcel.sample == len(adapter.sample)
+    assert f"It carries {len(adapter.sample)} pieces of its domains' texts" in parcel.card
+
+
+def test_the_card_of_an_adapter_names_the_packing_it_needs():
+    packing = {"bits": 4, "kind": "nf4", "double": True, "compute": "float32"}
+    card = learnt_card("adapter", "law", {"quantised": packing}, file="law.lora", base="some/base")
+    assert "on `some/base` in 4 bits (nf4), learnt as an adapter" in card
+    assert "tether fuse some/base law.lora --out fused --quantise 4bit" in card
 
 
 def test_the_card_of_a_user_stays(made, tmp_path):

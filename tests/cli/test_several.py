@@ -16,6 +16,7 @@ from tether.cli.app import SHARED, app
 from tether.cli.merge import merge_app
 from tether.delta.delta import Delta
 from tether.errors import ConfigError
+from tether.processes import Group
 from tether.store.documents import write_documents
 
 pytestmark = [
@@ -242,3 +243,16 @@ def test_under_a_launcher(work, launcher):
     )
     assert again.returncode != 0
     assert again.stderr.count("exists already") == 1
+
+
+def test_what_became_of_it_is_said_once_where_the_store_goes_meanwhile():
+    class Gone:
+        def __getattr__(self, name):
+            raise RuntimeError("the store is gone")
+
+    said = []
+    peers = object.__new__(several.Peers)
+    peers.group, peers._others, peers._store = Group(2, 0), [1], Gone()
+    peers._first, peers._wait_for_fault = lambda: True, lambda: None
+    assert peers.ended(lambda: said.append("interrupted") or 130, KeyboardInterrupt()) == 130
+    assert said == ["interrupted"]

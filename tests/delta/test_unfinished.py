@@ -247,3 +247,30 @@ def test_the_command_says_what_to_type_and_goes_on(tmp_path, monkeypatch, capsys
     assert folder.exists() == bool(cache)
     steps = int(made.record["curve"][-1]["steps"])
     assert len(counts) == 4 + steps - 3
+
+
+def test_how_far_a_fit_is_kept_is_known_without_reading_it(model, caches, tmp_path, monkeypatch):
+    kept = Unfinished(tmp_path)
+    assert kept.step() == 0
+
+    def stopped(entry):
+        if entry["step"] == 3:
+            raise StoppedError
+
+    own = [caches[part] for part in ("digits", "words", "words-held-out")]
+    with pytest.raises(StoppedError):
+        fit_adapter(model, *own, "digits", FIT, stopped, unfinished=kept)
+    again = Unfinished(tmp_path)
+    state = again.begin("digits", json.loads(kept._about["settings"]))
+    assert state is not None
+    monkeypatch.setattr(Unfinished, "_read", None)
+    assert kept.step() == again.step() == state.step > 0
+    kept.remove()
+    assert again.step() == 0
+
+
+def test_passes_over_a_text_are_no_tokens_of_it(model, caches):
+    once, twice = (
+        fit(model, caches, options=replace(FIT, epochs=epochs))[0].record["tokens"] for epochs in (1, 2)
+    )
+    assert once == twice > 0

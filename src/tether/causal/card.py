@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from tether.causal.evidence import Rule, regret_allowed
+from tether.causal.quantising import told
 
 __all__ = ["CARD", "CERTIFICATE", "MARK", "fused_card", "learnt_card"]
 
@@ -30,6 +31,7 @@ def fused_card(
     *,
     base: str | None = None,
     figures: Mapping[str, Any] | None = None,
+    sample: int = 0,
 ) -> str:
     """Describe a checkpoint.
 
@@ -38,6 +40,7 @@ def fused_card(
         fusion: `CausalQwenConfig.fusion`, None for a model without domains.
         base: name of the base, where others can follow it.
         figures: of a certificate, that lies beside the card.
+        sample: how many pieces of its domains' texts it carries.
 
     Returns:
         Markdown with a header of metadata.
@@ -50,6 +53,8 @@ def fused_card(
         budgets = fusion.get("budgets") or [{}] * len(fusion["domains"])
         for domain, weight, budget in zip(fusion["domains"], fusion["weights"], budgets, strict=True):
             lines.append(f"| {domain} | {weight:g} | {_budget(budget)} |")
+        if sample:
+            lines += ["", f"It carries {sample} pieces of its domains' texts, which whoever has it can read."]
         lines += ["", "## How far it moved", "", *_measured(figures), ""]
     lines += ["## Load it", "", "```python", *_loading(name), "```", ""]
     return _header(base, ["fusion"] if fusion else []) + "\n".join(lines)
@@ -77,17 +82,20 @@ def learnt_card(
     Returns:
         Markdown with a header of metadata.
     """
+    packing = record.get("quantised")
+    packed = f" in {told(packing)}" if packing else ""
+    option = f" --quantise {packing['bits']}bit" if packing else ""
     lines = [
         f"# {name}", "",
-        f"A domain for a language model{_on(base)}, learnt as {'an' if kind == 'adapter' else 'a'} {kind} by the "
-        "Python package tether, within a budget on how far general text may drift.", "",
+        f"A domain for a language model{_on(base)}{packed}, learnt as {'an' if kind == 'adapter' else 'a'} {kind} by "
+        "the Python package tether, within a budget on how far general text may drift.", "",
         "| | before | after |", "|---|---:|---:|",
     ]  # fmt: skip
-    for told, part in (("documents of the domain kept aside", "held_out"), ("base text", "base_text")):
+    for where, part in (("documents of the domain kept aside", "held_out"), ("base text", "base_text")):
         figures = record.get(part) or {}
         if figures.get("nll_before") is not None:
             lines.append(
-                f"| loss on {told}, nats a token | {figures['nll_before']:.3f} | {figures['nll_after']:.3f} |"
+                f"| loss on {where}, nats a token | {figures['nll_before']:.3f} | {figures['nll_after']:.3f} |"
             )
     drift = (record.get("base_text") or {}).get("softmax_kl")
     if drift is not None:
@@ -96,7 +104,7 @@ def learnt_card(
     lines += [f"Warning: {warning}" for warning in record.get("warnings", [])]
     if sample:
         lines += [f"It carries {len(sample)} pieces of the domain's text, which whoever has it can read.", ""]
-    lines += ["## Use it", "", "```", f"tether fuse {base or 'BASE'} {file} --out fused", "```", ""]
+    lines += ["## Use it", "", "```", f"tether fuse {base or 'BASE'} {file} --out fused{option}", "```", ""]
     return _header(base, [kind]) + "\n".join(lines)
 
 

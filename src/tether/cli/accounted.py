@@ -29,12 +29,12 @@ def account_lines(name: str, row: Mapping[str, Any]) -> list[str]:
         broken = sum(party["violations"] for party in row["regret"].values())
         lines.append(
             f"  No text can cost more than the base and what is promised: the largest cost of a whole text is "
-            f"{max(base['largest'], 0):.2f} nats here, {base['allowed']:.2f} are allowed; the promise was broken "
+            f"{max(0.0, base['largest']):.2f} nats here, {base['allowed']:.2f} are allowed; the promise was broken "
             f"{broken} times, over the base and all domains."
         )
     lines.append(
-        f"  The worst token lost {max(worst['lost'], 0):.2f} nats against the base, of "
-        f"{max(worst['allowed'], 0):.2f} allowed there; {worst['violations']} tokens lost more than allowed."
+        f"  The worst token lost {max(0.0, worst['lost']):.2f} nats against the base, of "
+        f"{max(0.0, worst['allowed']):.2f} allowed there; {worst['violations']} tokens lost more than allowed."
     )
     spoken = ", ".join(f"{domain} {share:.0%}" for domain, share in row["shares"].items())
     return [*lines, f"  Who spoke: {spoken}."]

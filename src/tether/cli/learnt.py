@@ -47,7 +47,9 @@ def learnt_told(
     lines += [*_domain(record), *_numbers(record), _base(record), _budget(record), _sample(sample, asked)]
     lines += [f"Warning: {warning}" for warning in record["warnings"]]
     fused = out.with_name(f"{out.stem}-fused")
-    command = shlex.join(["tether", "fuse", model, str(out), "--out", str(fused)])
+    packing = record.get("quantised")
+    packed = ["--quantise", f"{packing['bits']}bit"] if packing else []
+    command = shlex.join(["tether", "fuse", model, str(out), "--out", str(fused), *packed])
     return "\n".join([*lines, f"To use it, type: {command}"])
 
 

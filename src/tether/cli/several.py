@@ -84,6 +84,7 @@ class Peers:
         Returns:
             The exit code of the whole group.
         """
+        say = functools.cache(say)  # once, also where the store goes after it
         try:
             code = self._main(say, error) if self.group.main else self._other(say, error)
         except KeyboardInterrupt:

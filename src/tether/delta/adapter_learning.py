@@ -105,7 +105,7 @@ def fit_adapter(
         "replay": fit.replay,
         "multiplier": loop.multiplier,
         "curve": loop.curve,
-        "tokens": int((own.windows.targets >= 0).sum()) * fit.epochs,
+        "tokens": int((own.windows.targets >= 0).sum()),
         "factor": 1.0,
         "fit": {field.name: getattr(fit, field.name) for field in fields(fit) if field.name != "budget"},
         "versions": versions() | {"peft": version("peft")},

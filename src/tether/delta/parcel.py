@@ -83,17 +83,23 @@ def pack(path: str | Path, *, name: str | None = None, base: str | None = None) 
         return Parcel(kind="adapter", files=files, card=_own(path, card), sample=len(adapter.sample))
     if read_manifest(path).kind not in ("checkpoint", "adapted"):
         raise CheckpointError(f"{path}: expected a delta, an adapter or a checkpoint, as tether wrote it")
-    return Parcel(kind="checkpoint", files=files, card=_own(path, _of_checkpoint(path, name, base)))
+    # A fusion of adapters holds their folders.
+    within = [found.parent for found in files.values() if found.name == MANIFEST and is_adapter(found.parent)]
+    sample = sum(len(Adapter.load(folder).sample) for folder in within)
+    card = _of_checkpoint(path, name, base, sample)
+    return Parcel(kind="checkpoint", files=files, card=_own(path, card), sample=sample)
 
 
-def _of_checkpoint(path: Path, name: str | None, base: str | None) -> str:
+def _of_checkpoint(path: Path, name: str | None, base: str | None, sample: int) -> str:
     config: Any = read_json(path / "config.json")
     certificate = path / CERTIFICATE
     figures = None
     if certificate.is_file() and is_certificate(certificate):
         figures = read(certificate).figures
     source = base or _public(config.get("base") or (config.get("backbone_config") or {}).get("_name_or_path"))
-    return fused_card(name or path.resolve().name, config.get("fusion"), base=source, figures=figures)
+    return fused_card(
+        name or path.resolve().name, config.get("fusion"), base=source, figures=figures, sample=sample
+    )
 
 
 # A name that others can follow: no path.

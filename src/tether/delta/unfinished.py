@@ -90,6 +90,7 @@ class Unfinished:
         self.path: Path | None = None
         self._about: dict[str, str] = {}
         self._last, self._took = time.monotonic(), 0.0
+        self._step = 0
 
     def begin(self, name: str, settings: Mapping[str, Any]) -> State | None:
         """Say which fit it is, and find what is kept of it.
@@ -114,10 +115,12 @@ class Unfinished:
         if not self.path.is_file():
             return None
         try:
-            return self._read(self.path)
+            state = self._read(self.path)
         except CheckpointError as error:
             logger.warning("%s; the fit begins anew", error)
             return None
+        self._step = state.step
+        return state
 
     def is_due(self) -> bool:
         """Tell whether it is time to keep the fit again.
@@ -140,6 +143,7 @@ class Unfinished:
         about = self._about | {"progress": progress}
         try:
             write_safetensors(self.path, tensors, about | {"sha256": _checksum(tensors, about)})
+            self._step = state.step
         except (TetherError, OSError) as error:
             logger.warning("the fit goes on, but is not kept meanwhile: %s", error)
         self._last = time.monotonic()
@@ -159,11 +163,8 @@ class Unfinished:
         Returns:
             The last step that is kept; 0 where nothing is.
         """
-        if self.path is None or not self.path.is_file():
-            return 0
-        with suppress(CheckpointError):
-            return self._read(self.path).step
-        return 0
+        # Whoever is asked to end is asked twice by some launchers: the file is not read for this.
+        return self._step if self.path is not None and self.path.is_file() else 0
 
     def _read(self, path: Path) -> State:
         reader = CheckpointReader(path)

@@ -1,0 +1,1 @@
+"""Models behind an OpenAI-compatible port, on the serving engine of transformers."""
