@@ -14,7 +14,7 @@ from tether.store.documents import write_documents
 
 LOADING = {
     "convert", "learn", "fuse", "certify", "route", "ledger", "export", "generate", "counterfactual", "evaluate",
-    "leash",
+    "leash", "serve",
 }  # fmt: skip
 
 
