@@ -3,7 +3,7 @@
 Weights are random, since cost depends on shapes alone; the vocabulary and the tokenizer are SmolLM2-135M's. For each
 kind of work the arithmetic for a token is a sum of a count of weights each: of the layers (P), of the output head
 (V H), of a square of the width (H H). These counts are found from three sizes, and seconds for an operation with them;
-the fourth size is predicted before it is measured. docs/scale.md applies the counts to larger models.
+the fourth size is predicted before it is measured.
 """
 
 import tempfile
