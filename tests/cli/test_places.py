@@ -12,11 +12,29 @@ from tether.cli.app import app
 TEXTS = ["--text", "words.txt"]
 BASE_TEXT = ["--base-text", "words.txt"]
 LEARN = ["learn", "absent", *TEXTS, *BASE_TEXT]
+SPREAD = ["--device-map", "auto", "--offload-folder"]
 WRITTEN = {
     "demo --out": ["demo", "--out"],
     "convert --out": ["convert", "absent", "--out"],
     "learn --out": [*LEARN, "--out"],
     "learn --cache": [*LEARN, "--out", "a.delta", "--cache"],
+    "learn --log_folder": [*LEARN, "--out", "a.delta", "--log-with", "tensorboard", "--log-folder"],
+    "train --log_folder": [
+        "train",
+        "absent",
+        *TEXTS,
+        "--out",
+        "a",
+        "--log-with",
+        "tensorboard",
+        "--log-folder",
+    ],
+    "learn --offload_folder": [*LEARN, "--out", "a.delta", *SPREAD],
+    "fuse --offload_folder": ["fuse", "absent", "absent.delta", "--out", "a", *SPREAD],
+    "certify --offload_folder": ["certify", "absent", "absent", *TEXTS, "--out", "a.json", *SPREAD],
+    "verify --offload_folder": ["verify", "absent.json", *SPREAD],
+    "generate --offload_folder": ["generate", "absent", "a", *SPREAD],
+    "ledger --offload_folder": ["ledger", "absent", *TEXTS, *SPREAD],
     "fuse --out": ["fuse", "absent", "absent.delta", "--out"],
     "certify --out": ["certify", "absent", "absent", *TEXTS, "--out"],
     "route --out": ["route", "absent", "absent.delta", *TEXTS, *BASE_TEXT, "--out"],

@@ -79,6 +79,9 @@ def logged(command: Callable[..., Any]) -> Callable[..., Any]:
         if log_with is None:
             return command(*args, **options)
         _check(log_with)
+        from tether.store.place import check_place
+
+        check_place(log_folder)
         settings = {
             name: value for name, value in options.items() if isinstance(value, str | int | float | bool)
         }

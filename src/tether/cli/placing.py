@@ -92,6 +92,10 @@ def placed(
             )
         if given.offload_folder is not None and given.device_map is None:
             raise ConfigError("--offload-folder without --device-map: add --device-map auto, or leave it out")
+        if given.offload_folder is not None:
+            from tether.store.place import check_place
+
+            check_place(given.offload_folder)
         before = _GIVEN.set(given)
         try:
             connect(given.device)
