@@ -74,7 +74,8 @@ def _run(command: Callable[[], Any]) -> int:
     except BrokenPipeError:
         return ended(lambda: UNHEARD)
     except BaseException as error:
-        return ended(lambda: _stopped(error), error)
+        fault = error
+        return ended(lambda: _stopped(fault), fault)
     return ended(lambda: DONE)
 
 
