@@ -28,3 +28,21 @@ def forked_seed():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def tether(monkeypatch, capsys):
+    """Run a command inside the test's own process; gives exit code, output and errors."""
+    from tether.cli.app import main
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tether", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

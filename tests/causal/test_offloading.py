@@ -169,18 +169,8 @@ def test_maps_that_cannot_be(whole, asked, said):
         make_map(model, asked, torch.device("cpu"))
 
 
-def test_the_commands(folder, tmp_path, monkeypatch, capsys):
-    from tether.cli import app
-
+def test_the_commands(folder, tmp_path, monkeypatch, tether):
     monkeypatch.chdir(tmp_path)
-
-    def tether(*args):
-        monkeypatch.setattr("sys.argv", ["tether", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
-
     base, text = folder / "llama", folder / "words.jsonl"
     learn = [
         "learn",

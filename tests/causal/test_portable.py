@@ -41,9 +41,11 @@ print(json.dumps(found))
 WITHOUT = f"import sys\nsys.modules['tether'] = None\n{LOADS}"
 
 
-def run(code, folder, tmp_path, **options):
+def run(code, folder, tmp_path, more=(), **options):
     # Outside the repository, so that nothing is imported from where the tests lie.
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = (
+        os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"} | dict(more)
+    )
     return subprocess.run(
         [sys.executable, "-c", code, str(folder), json.dumps(options)],
         cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=300,
@@ -139,3 +141,28 @@ def test_a_served_model_with_adapters_is_copied_and_not_saved_in_part(tmp_path):
     with pytest.raises(ConfigError, match=r"its folder \(.*adapted\) to be copied"):
         model.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_adapters_come_from_a_hub_as_models_do(tmp_path):
+    """Offline, what was fetched before lies in the hub's cache as links to its files."""
+    folder = adapted(tmp_path)
+    place = tmp_path / "home" / "hub" / "models--me--law"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    for number, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        link = place / "snapshots" / ("0" * 40) / path.relative_to(folder)
+        blob = place / "blobs" / str(number)
+        for each in (link, blob):
+            each.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(path.read_bytes())
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    more = {"HF_HOME": str(tmp_path / "home"), "TETHER_BASE": str(tmp_path / "base")}
+    code = LOADS.replace("tokenizer.save_pretrained", "str")
+    ended = run(code, "me/law", tmp_path, more, trust_remote_code=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor(IDS)).logits[0, -1]
+    assert_close(torch.tensor(found["logits"]), expected)
+    missing = run(code, "me/other", tmp_path, more, trust_remote_code=True)
+    assert missing.returncode == 1

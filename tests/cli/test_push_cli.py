@@ -122,6 +122,12 @@ def test_a_fusion_of_adapters_says_what_text_its_folders_carry(made, tmp_path):
     parcel = pack(tmp_path / "F", name="me/law")
     assert parcel.sample == len(adapter.sample)
     assert f"It carries {len(adapter.sample)} pieces of its domains' texts" in parcel.card
+    # Whoever loads it needs the base, which is not in it, and PEFT.
+    card = pack(tmp_path / "F", name="me/law", base="some/base").card
+    assert 'os.environ["TETHER_BASE"] = "some/base"' in card
+    assert "pip install 'tether[adapters]'" in card
+    assert 'os.environ["TETHER_BASE"] = "BASE"' in parcel.card
+    assert "TETHER_BASE" not in pack(made / "fused").card
 
 
 def test_the_card_of_an_adapter_names_the_packing_it_needs():

@@ -286,18 +286,8 @@ def test_damaged_words_of_a_packing_are_refused(folder, tmp_path, model, adapter
             load(str(tmp_path / "fused"))
 
 
-def test_the_commands(folder, tmp_path, monkeypatch, capsys):
-    from tether.cli import app
-
+def test_the_commands(folder, tmp_path, monkeypatch, tether):
     monkeypatch.chdir(tmp_path)
-
-    def tether(*args):
-        monkeypatch.setattr("sys.argv", ["tether", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            app.main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
-
     texts = [
         "--text",
         folder / "digits.jsonl",

@@ -32,6 +32,8 @@ def fused_card(
     base: str | None = None,
     figures: Mapping[str, Any] | None = None,
     sample: int = 0,
+    apart: bool = False,
+    packed: bool = False,
 ) -> str:
     """Describe a checkpoint.
 
@@ -41,6 +43,8 @@ def fused_card(
         base: name of the base, where others can follow it.
         figures: of a certificate, that lies beside the card.
         sample: how many pieces of its domains' texts it carries.
+        apart: whether the base is not in it, as in a fusion of adapters.
+        packed: whether that base is packed in few bits.
 
     Returns:
         Markdown with a header of metadata.
@@ -56,7 +60,7 @@ def fused_card(
         if sample:
             lines += ["", f"It carries {sample} pieces of its domains' texts, which whoever has it can read."]
         lines += ["", "## How far it moved", "", *_measured(figures), ""]
-    lines += ["## Load it", "", "```python", *_loading(name), "```", ""]
+    lines += ["## Load it", "", "```python", *_loading(name, base, apart, packed), "```", ""]
     return _header(base, ["fusion"] if fusion else []) + "\n".join(lines)
 
 
@@ -173,9 +177,15 @@ def _cell(text: str) -> str:
     return "".join(each if each.isalnum() or each in " ._-," else "_" for each in text)[:80]
 
 
-def _loading(name: str) -> list[str]:
+def _loading(name: str, base: str | None, apart: bool, packed: bool) -> list[str]:
+    where = [
+        "import os", "",
+        f'os.environ["TETHER_BASE"] = "{base or "BASE"}"  # the base, which is not in here: a folder or a hub id', "",
+    ]  # fmt: skip
     return [
-        "# pip install tether", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        f"# pip install 'tether[{'quantised' if packed else 'adapters'}]'" if apart else "# pip install tether",
+        *(where if apart else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """`--log-with`: the figures of a fit, step by step, in a logger that accelerate knows."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tether.cli.added import Option, with_options
 from tether.errors import ConfigError
 from tether.processes import writes
 
@@ -71,7 +71,6 @@ def logged(command: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The command with both options.
     """
-    more = {"log_with": With, "log_folder": Folder}
     default = Path("runs")
 
     @functools.wraps(command)
@@ -93,15 +92,7 @@ def logged(command: Callable[..., Any]) -> Callable[..., Any]:
             _LOG.reset(before)
             asked.end()
 
-    signature = inspect.signature(command)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter("log_with", keyword, default=None, annotation=With),
-        inspect.Parameter("log_folder", keyword, default=default, annotation=Folder),
-    ]
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {**command.__annotations__, **more}
-    return run
+    return with_options(command, run, {"log_with": Option(With, None), "log_folder": Option(Folder, default)})
 
 
 def _check(logger: str) -> None:

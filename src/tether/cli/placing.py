@@ -1,7 +1,6 @@
 """`--device`, `--dtype` and their like: where and in what a command computes, the same for all that load a model."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from tether.cli.added import Option, with_options
 from tether.cli.several import connect
 from tether.errors import ConfigError
 
@@ -103,15 +103,8 @@ def placed(
         finally:
             _GIVEN.reset(before)
 
-    signature = inspect.signature(command)
-    keyword, defaults = inspect.Parameter.KEYWORD_ONLY, Given._field_defaults
-    added = [
-        inspect.Parameter(name, keyword, default=defaults[name], annotation=kind)
-        for name, kind in more.items()
-    ]
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {**command.__annotations__, **more}
-    return run
+    defaults = Given._field_defaults
+    return with_options(command, run, {name: Option(kind, defaults[name]) for name, kind in more.items()})
 
 
 def place() -> "tuple[torch.device, torch.dtype | None]":

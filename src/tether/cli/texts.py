@@ -1,7 +1,6 @@
 """`--field` and `--control-tokens`: how a command reads its texts, the same for every one that has some."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from tether.cli.added import Option, with_options
 from tether.cli.output import tell
 
 if TYPE_CHECKING:
@@ -55,15 +55,9 @@ def reads_texts(command: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _ASKED.reset(before)
 
-    signature = inspect.signature(command)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter("field", keyword, default=None, annotation=Field),
-        inspect.Parameter("control_tokens", keyword, default=False, annotation=Control),
-    ]
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {**command.__annotations__, "field": Field, "control_tokens": Control}
-    return run
+    return with_options(
+        command, run, {"field": Option(Field, None), "control_tokens": Option(Control, False)}
+    )
 
 
 def open_texts(names: Sequence[str]) -> "list[Text]":

@@ -37,6 +37,7 @@ from tether.errors import CheckpointError, ConfigError
 from tether.files import read_bytes
 from tether.names import inside
 from tether.reading import JSON_BYTES, parse_json
+from tether.store.hub import fetched
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
@@ -78,18 +79,17 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         """Serve again what `save_adapted` wrote.
 
         Args:
-            pretrained_model_name_or_path: folder written by `save_adapted`.
-            options: `dtype` of the base's weights; others have no meaning here.
+            pretrained_model_name_or_path: folder written by `save_adapted`, or the hub id of one.
+            options: `dtype` of the base's weights, and `revision`, `cache_dir` and `token` of the hub; others have no
+                meaning here.
 
         Returns:
             The served model, in evaluation mode.
 
         Raises:
-            CheckpointError: the folder is damaged, or the base found is another one.
+            CheckpointError: the folder is damaged or cannot be fetched, or the base found is another one.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected a folder that 'tether fuse' wrote; download it first")
+        folder = fetched(str(pretrained_model_name_or_path), options)
         config = AdaptedConfig.from_pretrained(folder)
         described = config.fusion or {}
         check_description(described)

@@ -98,8 +98,9 @@ def _of_checkpoint(path: Path, name: str | None, base: str | None, sample: int) 
         figures = read(certificate).figures
     source = base or _public(config.get("base") or (config.get("backbone_config") or {}).get("_name_or_path"))
     return fused_card(
-        name or path.resolve().name, config.get("fusion"), base=source, figures=figures, sample=sample
-    )
+        name or path.resolve().name, config.get("fusion"), base=source, figures=figures, sample=sample,
+        apart=config.get("model_type") == "causal_qwen_adapted", packed=bool(config.get("quantised")),
+    )  # fmt: skip
 
 
 # A name that others can follow: no path.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tether.errors import CheckpointError
 
-__all__ = ["answers", "hub_copy", "unasked"]
+__all__ = ["answers", "fetched", "hub_copy", "unasked"]
 
 WAIT = 3.0
 """Seconds that the hub has for its first answer."""
@@ -43,6 +43,36 @@ def hub_copy(name: str, *, revision: str | None = None, cache_dir: str | None = 
         raise CheckpointError(
             f"{name}: there is no such folder; as a hub id it was not fetched before, and {why}; check the name, "
             "or the network"
+        ) from error
+
+
+def fetched(name: str, options: Mapping[str, Any] | None = None) -> Path:
+    """Give the folder of something that lies here or on the hub.
+
+    Args:
+        name: a folder, or a hub id.
+        options: `revision`, `cache_dir` and `token`, as transformers takes them; others are passed over.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: there is no such folder, and it is not on the hub or cannot be fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    place: dict[str, Any] = {key: (options or {}).get(key) for key in ("revision", "cache_dir")}
+    if (copy := hub_copy(name, **place)) is not None:
+        return Path(copy)
+    try:
+        return Path(snapshot_download(name, token=(options or {}).get("token"), **place))
+    except Exception as error:
+        # httpx and huggingface_hub raise a dozen types here; the user needs one sentence.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name}: there is no such folder, and the hub did not give it ({reason})"
         ) from error
 
 
