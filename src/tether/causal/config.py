@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from tether.causal.portable import auto_map, write_code
+from tether.causal.portable import Portable, auto_map, write_code
 from tether.errors import ConfigError
 from tether.registration import register_when_needed
 
@@ -74,7 +74,7 @@ def _of_text(name: str) -> property:
 
 
 @strict
-class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
+class CausalQwenConfig(Portable, PreTrainedConfig):  # type: ignore[misc]
     """Fields of a `CausalQwenForCausalLM`.
 
     Args:
@@ -256,14 +256,6 @@ class CausalQwenConfig(PreTrainedConfig):  # type: ignore[misc]
             backbone._name_or_path = ""
         write_code(save_directory)
         return super(CausalQwenConfig, written).save_pretrained(save_directory, *args, **options)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
-
-        Args:
-            auto_class: as in transformers.
-        """
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Give the config that cache and generation read layer counts from.

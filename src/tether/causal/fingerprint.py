@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tether.causal.offloading import fetched, is_offloaded, weights_of
+from tether.causal.portable import Portable
 from tether.causal.quantising import refuse_packed
 from tether.errors import CheckpointError, IdentityError
 
@@ -236,7 +237,7 @@ def fingerprint(model: Any) -> str:
     )
 
 
-class Fingerprinted:
+class Fingerprinted(Portable):
     """Loading and saving of a model whose fingerprint follows its weights."""
 
     config: Any
@@ -256,14 +257,6 @@ class Fingerprinted:
         made = super().from_pretrained(*args, **options)  # type: ignore[misc]
         note_weights(made[0] if isinstance(made, tuple) else made)
         return made
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
-
-        Args:
-            auto_class: as in transformers.
-        """
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Write a checkpoint; weights that were trained by hand get a new fingerprint.

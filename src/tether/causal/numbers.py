@@ -17,7 +17,7 @@ from tether.causal import placeholder
 from tether.causal.encoding import VALUES, NumericEncoding
 from tether.causal.numerals import Numeral, find_numbers
 from tether.causal.placeholder import check_numeric, shortest_floats
-from tether.causal.portable import tokenizer_map, write_code
+from tether.causal.portable import Portable, tokenizer_map, write_code
 from tether.causal.streaming import NumericStreamer
 from tether.errors import CheckpointError, ConfigError, ShapeError
 from tether.store.hub import unasked
@@ -32,7 +32,7 @@ _UNREAD = (
 _WHOLE = TruncationStrategy.DO_NOT_TRUNCATE
 
 
-class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
+class NumericTokenizer(Portable, PreTrainedTokenizerFast):  # type: ignore[misc]
     """A fast tokenizer that reads every number of a text as one token `<NUM>` with a value.
 
     It is one of transformers' tokenizers, with everything they do: what it encodes and pads has
@@ -298,14 +298,6 @@ class NumericTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]
         unmarked.init_kwargs["auto_map"] = tokenizer_map(type(self).__name__)
         write_code(save_directory)
         return PreTrainedTokenizerFast.save_pretrained(unmarked, save_directory, *args, **options)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
-        """Do nothing: transformers would put the file of this class into each folder, where it cannot be imported.
-
-        Args:
-            auto_class: as in transformers.
-        """
 
     @classmethod
     def from_pretrained(

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CODE", "auto_map", "tokenizer_map", "write_code"]
+__all__ = ["CODE", "Portable", "auto_map", "tokenizer_map", "write_code"]
 
 CODE = "tether_checkpoint"
 """Name of the module in the checkpoint's folder."""
@@ -30,6 +30,18 @@ __all__ = [
     "NumericTokenizer",
 ]
 '''
+
+
+class Portable:
+    """What transformers finds through the carried code."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
+        """Do nothing: transformers would put the file of the class into each folder, where it cannot be imported.
+
+        Args:
+            auto_class: as in transformers.
+        """
 
 
 def auto_map(config: str, model: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ from tether.errors import CheckpointError, ConfigError
 from tether.files import read_bytes
 from tether.names import inside
 from tether.reading import JSON_BYTES, parse_json
-from tether.store.hub import fetched
+from tether.store.hub import hub_folder
 from tether.store.manifest import Manifest, write_manifest
 from tether.store.publish import publish_folder
 
@@ -89,7 +89,7 @@ class AdaptedForCausalLM(CausalQwenForCausalLM):
         Raises:
             CheckpointError: the folder is damaged or cannot be fetched, or the base found is another one.
         """
-        folder = fetched(str(pretrained_model_name_or_path), options)
+        folder = hub_folder(str(pretrained_model_name_or_path), options)
         config = AdaptedConfig.from_pretrained(folder)
         described = config.fusion or {}
         check_description(described)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tether.errors import CheckpointError
 
-__all__ = ["answers", "fetched", "hub_copy", "unasked"]
+__all__ = ["answers", "hub_copy", "hub_folder", "unasked"]
 
 WAIT = 3.0
 """Seconds that the hub has for its first answer."""
@@ -46,7 +46,7 @@ def hub_copy(name: str, *, revision: str | None = None, cache_dir: str | None = 
         ) from error
 
 
-def fetched(name: str, options: Mapping[str, Any] | None = None) -> Path:
+def hub_folder(name: str, options: Mapping[str, Any] | None = None) -> Path:
     """Give the folder of something that lies here or on the hub.
 
     Args:
