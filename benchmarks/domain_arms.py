@@ -14,10 +14,11 @@ from torch import Tensor
 from benchmarks.domain_plan import DELTAS, MERGES, OTHER, PIECE, PLANS, Plan
 from benchmarks.trial_texts import TRIAL as DOMAINS
 from tether.causal.loading import load
-from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter import Adapter
 from tether.delta.adapter_learning import fit_adapter, meet_adapter
 from tether.delta.adapter_training import AdapterFit
 from tether.delta.anchor import anchor_text, feature_layers
+from tether.delta.attached import Attached
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache

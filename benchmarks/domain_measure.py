@@ -11,9 +11,9 @@ from benchmarks.domain_plan import CHARTS
 from benchmarks.trial_texts import TRIAL as DOMAINS
 from tether.causal.softmax import softmax_kl
 from tether.delta.account import account
-from tether.delta.adapter import Attached
 from tether.delta.adapter_drift import logits
 from tether.delta.adapter_serving import serve
+from tether.delta.attached import Attached
 from tether.delta.cache import hidden_states
 from tether.delta.fusion import fuse
 from tether.delta.measure import Measurement, Variant, measure

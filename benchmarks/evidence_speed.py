@@ -15,8 +15,9 @@ from torch import Tensor
 from tether.causal.fingerprint import fingerprint
 from tether.causal.gates import gate_stage
 from tether.causal.loading import load
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_serving import serve
+from tether.delta.attached import Attached
 from tether.delta.cache import backbone_print
 from tether.delta.delta import Delta
 from tether.delta.fusion import fuse

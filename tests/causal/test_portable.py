@@ -15,8 +15,9 @@ from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.portable import CODE
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_serving import save_adapted, serve
+from tether.delta.attached import Attached
 from tether.delta.cache import backbone_print
 from tether.errors import ConfigError
 

@@ -11,11 +11,12 @@ import tiny
 from tether.cauchy.charts import fuse
 from tether.cauchy.divergence import drift
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.adapter import Adapter, Attached, is_adapter, lora_config
+from tether.delta.adapter import Adapter, is_adapter, lora_config
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_learning import fit_adapter, learn_adapter
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
+from tether.delta.attached import Attached
 from tether.delta.budget import Budget
 from tether.delta.cache import cache_states
 from tether.delta.certificate import certify

@@ -17,11 +17,12 @@ from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
 from tether.causal.walk import PROMPT, Reading
 from tether.delta.account import account
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_memory import AdapterMemory
 from tether.delta.adapter_mixture import AdapterMixture
 from tether.delta.adapter_passes import Passes, grouped
 from tether.delta.adapter_serving import AdaptedForCausalLM, save_adapted, serve
+from tether.delta.attached import Attached
 from tether.delta.cache import backbone_print
 from tether.delta.certificate import certify
 from tether.delta.declared import alone_figures

@@ -13,9 +13,10 @@ import tiny
 from foreign_adapters import REFUSED, TAKEN, at_share, merged, write
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.delta import leashing
-from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter import Adapter
 from tether.delta.adapter_passes import Passes, Text
 from tether.delta.adapter_serving import save_adapted, serve
+from tether.delta.attached import Attached
 from tether.delta.budget import Budget
 from tether.delta.certificate import certify
 from tether.delta.held_out import HELD_OUT, hold_out

@@ -10,10 +10,11 @@ import tiny
 from tether.causal.fingerprint import fingerprint, is_changed
 from tether.causal.loading import load, load_backbone
 from tether.causal.quantising import Packing, find_packing, packed, recorded
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_learning import learn_adapter
 from tether.delta.adapter_serving import save_adapted, serve
 from tether.delta.adapter_training import AdapterFit
+from tether.delta.attached import Attached
 from tether.delta.budget import Budget
 from tether.delta.certificate import certify
 from tether.delta.export import export_plain

@@ -6,9 +6,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import tiny
-from tether.delta.adapter import Attached, lora_config
+from tether.delta.adapter import lora_config
 from tether.delta.adapter_learning import fit_adapter, learn_adapter
 from tether.delta.adapter_training import AdapterFit
+from tether.delta.attached import Attached
 from tether.delta.budget import Budget
 from tether.delta.recomputing import as_served, recomputing
 from tether.errors import ConfigError

@@ -13,8 +13,9 @@ import tiny
 from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_serving import BASE, find_base, save_adapted, serve
+from tether.delta.attached import Attached
 from tether.delta.delta import Delta
 from tether.delta.peft_config import read_lora
 from tether.errors import CheckpointError, ConfigError

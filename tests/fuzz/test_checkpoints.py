@@ -10,8 +10,9 @@ from fuzzing import Reader, devices, refuse_devices, survive
 from tether.causal.checkpoint import save_checkpoint
 from tether.causal.loading import load
 from tether.causal.modeling import CausalQwenForCausalLM
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_serving import save_adapted, serve
+from tether.delta.attached import Attached
 from tether.errors import CheckpointError
 
 TOKENIZER = {"tokenizer.json": "json", "tokenizer_config.json": "json"}

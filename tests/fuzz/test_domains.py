@@ -18,7 +18,8 @@ from tether.causal.checkpoint import save_checkpoint
 from tether.causal.description import check_description
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.noise import Noise
-from tether.delta.adapter import Adapter, Attached, is_adapter, lora_config
+from tether.delta.adapter import Adapter, is_adapter, lora_config
+from tether.delta.attached import Attached
 from tether.delta.certificate import certify, read
 from tether.delta.delta import Delta
 from tether.delta.foreign import amounts_to, open_foreign

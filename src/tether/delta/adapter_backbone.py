@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tether.causal.fused import Fusion
-from tether.delta.adapter import Attached
+from tether.delta.attached import Attached
 
 __all__ = ["AdaptedBackbone", "AdapterFusion", "but_meta"]
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter import Adapter
 from tether.delta.adapter_probe import adapter_change, some_windows
+from tether.delta.attached import Attached
 from tether.delta.held_out import HeldOut
 from tether.delta.ray import MEASURED
 from tether.delta.strength import change_figures

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tether.causal.offloading import refuse_offloaded
 from tether.causal.quantising import recorded
-from tether.delta.adapter import Adapter, Attached, lora_config
+from tether.delta.adapter import Adapter, lora_config
 from tether.delta.adapter_probe import BaseText, adapter_change, some_windows
 from tether.delta.adapter_training import AdapterFit, AdapterTraining
 from tether.delta.anchor import check_base
+from tether.delta.attached import Attached
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, backbone_print, hidden_states, text_inputs

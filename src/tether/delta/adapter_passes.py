@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tether.delta.adapter import Attached
 from tether.delta.adapter_memory import AdapterMemory, Seat
+from tether.delta.attached import Attached
 from tether.errors import ConfigError
 
 __all__ = ["Passes", "Text", "grouped"]

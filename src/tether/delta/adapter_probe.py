@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.delta.adapter import Attached
 from tether.delta.adapter_drift import adapter_drift
+from tether.delta.attached import Attached
 from tether.delta.cache import hidden_states, text_inputs
 from tether.delta.dealt import deal, put_together
 from tether.delta.output_head import output_head

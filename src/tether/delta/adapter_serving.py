@@ -25,11 +25,12 @@ from tether.causal.loading import ALIASES, load
 from tether.causal.mixture import Mixture
 from tether.causal.modeling import CausalQwenForCausalLM
 from tether.causal.quantising import check_described, recorded, told
-from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter import Adapter
 from tether.delta.adapter_backbone import AdaptedBackbone, AdapterFusion
 from tether.delta.adapter_config import AdaptedConfig, describe, describe_evidence, serving_options
 from tether.delta.adapter_mixture import AdapterMixture
 from tether.delta.adapter_passes import Passes
+from tether.delta.attached import Attached
 from tether.delta.cache import backbone_print
 from tether.delta.fusion import manner
 from tether.delta.gate import put_gate

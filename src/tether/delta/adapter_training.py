@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.delta.adapter import Attached, frozen_twin
 from tether.delta.adapter_ascent import Ascent
 from tether.delta.adapter_drift import adapter_drift
 from tether.delta.adapter_share import StepShare
+from tether.delta.attached import Attached, frozen_twin
 from tether.delta.budget import Budget
 from tether.delta.cache import StateCache, text_inputs
 from tether.delta.held_out import HELD_OUT, check_share

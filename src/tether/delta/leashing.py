@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from tether.causal.quantising import recorded
-from tether.delta.adapter import Adapter, Attached
+from tether.delta.adapter import Adapter
 from tether.delta.adapter_domain import domain_figures
 from tether.delta.adapter_layers import Plain
 from tether.delta.adapter_probe import BaseText, adapter_change, thinned
 from tether.delta.adapter_source import Source, open_source, take
+from tether.delta.attached import Attached
 from tether.delta.background import write_background
 from tether.delta.budget import Budget
 from tether.delta.cache import backbone_print

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tether.delta.adapter import frozen_twin
+from tether.delta.attached import frozen_twin
 
 __all__ = ["without_adapters"]
 
